@@ -1,0 +1,38 @@
+"""fastclip: differentially private fine-tuning of PyTorch language models at the cost of ordinary training."""
+
+import importlib
+from typing import Any
+
+from fastclip import ops, reference
+from fastclip.isolation import check_units
+from fastclip.layers import Site, register_layer, supported_layers
+from fastclip.module import Clipper, attach
+from fastclip.ops import backends
+from fastclip.optimizer import DPOptimizer
+from fastclip.sampling import PoissonLoader, PoissonSampler, UserPoissonSampler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Clipper",
+    "DPOptimizer",
+    "PoissonLoader",
+    "PoissonSampler",
+    "Site",
+    "UserPoissonSampler",
+    "attach",
+    "backends",
+    "check_units",
+    "ops",
+    "reference",
+    "register_layer",
+    "supported_layers",
+]
+
+_LATER = ("accounting", "huggingface")  # they import libraries that training alone does not need
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"fastclip.{name}")
+    raise AttributeError(f"module 'fastclip' has no attribute {name!r}")

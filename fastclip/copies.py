@@ -1,0 +1,83 @@
+"""Whether a module of bare parameters can run once with a copy of each parameter a row, found out by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastclip.layers.bare import Targets, as_copies, params_of, shadowed
+from fastclip.layout import Law
+
+Run = Callable[..., Any]
+
+
+def same(x: Tensor, y: Tensor, tolerance: float = 1e-4) -> bool:
+    """Equal up to what another order of summation may change: ``tolerance`` of the largest value, more in 16 bit."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    if x.dtype not in (torch.float32, torch.float64):
+        tolerance = max(3e-2, tolerance)
+    scale = float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
+    return torch.allclose(x, y, rtol=0.0, atol=tolerance * scale + 1e-30, equal_nan=True)
+
+
+def no_batch_dim(names: set[str]) -> str:
+    return (
+        f"{', '.join(sorted(names))}: the input has no batch dimension, and a copy of the output for each example does not "
+        "fit what the model does with it. Expand its input to the batch, [B, ...], before the layer"
+    )
+
+
+def choose(name: str, law: Law, targets: Targets, forward: Run, args: Any) -> Law:
+    """The law with the rank that the module's copies meet, or with None: row by row."""
+    leaves = tree_leaves(args)
+    batch = next((x for x, b in zip(leaves, law.batched, strict=True) if b), None)
+    params = [p.detach() for p in params_of(targets)]
+    rows = 3 if batch is None else batch.shape[0]
+    moved = [p + torch.randn_like(p) * (0.1 * p.abs().mean() + 0.01) for p in params]
+
+    def run(tensors: Sequence[Tensor]) -> list[Any]:
+        torch.manual_seed(1)
+        with shadowed(targets, tensors):
+            return tree_leaves(forward(*args[0], **args[1]))
+
+    plain, elsewhere = run(params), run(moved)
+    base = max((p.dim() for p in params), default=0) if batch is None else batch.dim()
+    for rank in (base, base + 1):
+        copies = [p.expand(rows, *p.shape).clone() for p in params]
+        try:
+            equal = run([as_copies(c, p.shape, rank) for c, p in zip(copies, params, strict=True)])
+            for c, m in zip(copies, moved, strict=True):
+                c[0] = m
+            one = run([as_copies(c, p.shape, rank) for c, p in zip(copies, params, strict=True)])
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue
+        if _copies_hold(plain, elsewhere, equal, one, rows, spread=batch is None):
+            return replace(law, rank=rank)
+    if batch is None:
+        raise ValueError(no_batch_dim({name}))
+    return law
+
+
+def _copies_hold(
+    plain: list[Any], elsewhere: list[Any], equal: list[Any], one: list[Any], rows: int, spread: bool
+) -> bool:
+    checked = False
+    for p, e, q, o in zip(plain, elsewhere, equal, one, strict=True):
+        if not isinstance(p, Tensor) or p.dim() == 0 or not p.is_floating_point():
+            continue
+        if spread:  # the module's output had no batch dimension and has one now
+            p, e = (t.expand(rows, *(t.shape[1:] if t.shape[0] == 1 else t.shape)) for t in (p, e))
+        if p.shape[0] != rows:
+            continue
+        if not same(p, q) or not same(p[1:], o[1:]) or not same(e[:1], o[:1]):
+            return False
+        checked = True
+    return checked

@@ -1,0 +1,18 @@
+"""Layer families: what each keeps, its norm, its clipped gradient. Importing this package registers all of them."""
+
+from fastclip.layers import attention, convolution, embedding, linear, normalization
+from fastclip.layers.registry import Rule, find_rule, register_layer, supported_layers
+from fastclip.layers.site import Site
+
+__all__ = [
+    "Rule",
+    "Site",
+    "attention",
+    "convolution",
+    "embedding",
+    "find_rule",
+    "linear",
+    "normalization",
+    "register_layer",
+    "supported_layers",
+]

@@ -1,0 +1,103 @@
+"""nn.MultiheadAttention: its projections as linear layers on rows, the rest by torch's attention.
+
+The module itself runs time-major and calls its output projection's weight without its forward, so it gets a rule.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastclip.layers.linear import linear
+from fastclip.layers.registry import register_layer
+from fastclip.layers.site import Site
+
+
+@register_layer(nn.MultiheadAttention, norm="Gram or direct, never materialised")
+def multihead_attention(
+    site: Site,
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and results as nn.MultiheadAttention's forward, batched inputs only."""
+    if query.dim() != 3:
+        raise ValueError(f"{site.name}: MultiheadAttention needs batched inputs of 3 dimensions, got {query.dim()}")
+    if is_causal and attn_mask is None:
+        raise RuntimeError(f"{site.name}: is_causal is a hint about attn_mask: pass attn_mask too")
+    self_attention = query is key and key is value
+    shared_memory = key is value
+    if site.batch_dim:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [B, T, E]
+    site = site.batch_first()
+    q, k, v = _project(site, module, query, key, value, self_attention, shared_memory)
+    heads, size = module.num_heads, module.head_dim
+    if module.bias_k is not None and module.bias_v is not None:
+        k = torch.cat([k, site.per_unit(module.bias_k).reshape(-1, 1, module.embed_dim)], 1)
+        v = torch.cat([v, site.per_unit(module.bias_v).reshape(-1, 1, module.embed_dim)], 1)
+    if module.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    q, k, v = (x.unflatten(2, (heads, size)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, E / H]
+    mask = _mask(attn_mask, key_padding_mask, q, k.shape[2])
+    dropout = module.dropout if module.training else 0.0
+    weights: Tensor | None = None
+    if need_weights:
+        scores = q @ k.mT / math.sqrt(size)
+        weights = torch.softmax(scores if mask is None else scores + mask, -1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        out = weights @ v
+        weights = weights.mean(1) if average_attn_weights else weights
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    out = linear(site, out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)  # [B, T, E]
+    return out if module.batch_first else out.transpose(0, 1), weights
+
+
+def _project(
+    site: Site, module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, same: bool, memory: bool
+) -> list[Tensor]:
+    """q, k, v ``[B, T, E]``. Where one input serves several projections they are one linear layer."""
+    size, bias = module.embed_dim, module.in_proj_bias
+    if module.in_proj_weight is None:
+        parts = zip(
+            (query, key, value), (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight), strict=True
+        )
+        projected = [linear(site, x, w, None) for x, w in parts]
+        if bias is None:
+            return projected
+        copies = site.per_unit(bias).view(site.rows, 3, 1, size)
+        return [x + copies[:, i] for i, x in enumerate(projected)]
+    if same:
+        return list(linear(site, query, module.in_proj_weight, bias).chunk(3, -1))
+    q = linear(site, query, module.in_proj_weight, bias, block=slice(0, size))
+    if memory:
+        return [q, *linear(site, key, module.in_proj_weight, bias, block=slice(size, 3 * size)).chunk(2, -1)]
+    k = linear(site, key, module.in_proj_weight, bias, block=slice(size, 2 * size))
+    return [q, k, linear(site, value, module.in_proj_weight, bias, block=slice(2 * size, 3 * size))]
+
+
+def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
+    """The additive mask ``[B or 1, H or 1, T, S]`` of an attn_mask ``[T, S]`` or ``[B H, T, S]`` and padding ``[B, S]``."""
+
+    def additive(mask: Tensor) -> Tensor:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -math.inf)
+        return F.pad(mask.to(q.dtype), (0, keys - mask.shape[-1]))  # bias_k and add_zero_attn append keys
+
+    total: Tensor | None = None
+    if attn_mask is not None:
+        total = additive(attn_mask)
+        total = total[None, None] if total.dim() == 2 else total.unflatten(0, (q.shape[0], q.shape[1]))
+    if padding is not None:
+        columns = additive(padding)[:, None, None]
+        total = columns if total is None else total + columns
+    return total

@@ -1,0 +1,83 @@
+"""Normalisation layers with gains and biases: LayerNorm by its own formula, the rest by what they share.
+
+All compute ``x_hat * weight + bias`` with an x_hat that has no parameters, so their per-unit gradients are sums of
+``g * x_hat`` and of ``g`` over a unit's rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fastclip.layers.registry import register_layer
+from fastclip.layers.site import Site, wanted
+
+
+class _LayerNorm(Function):
+    """LayerNorm over the trailing dimensions ``shape`` of x ``[..., *shape]``; keeps x, mean and 1/std like torch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        site: Site,
+        shape: tuple[int, ...],
+        eps: float,
+    ) -> Tensor:
+        ctx.input_dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)  # autocast runs layer_norm in the parameters' precision
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.site, ctx.shape, ctx.params = site, shape, (weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            args = (g, x, ctx.shape, mean, rstd, weight, bias, [True, False, False])
+            dx = torch.ops.aten.native_layer_norm_backward(*args)[0].to(ctx.input_dtype)
+        if wanted(ctx, 1):
+            x_hat = (x.float() - mean) * rstd if x.dtype != torch.float64 else (x - mean) * rstd
+            ctx.site.enter_sum(ctx.params[0], g, x_hat)
+        if bias is not None and wanted(ctx, 2):
+            ctx.site.enter_sum(ctx.params[1], g)
+        return dx, None, None, None, None, None
+
+
+@register_layer(nn.LayerNorm, norm="sums of g and g * x_hat")
+def layer_norm(site: Site, module: nn.LayerNorm, input: Tensor) -> Tensor:
+    return _LayerNorm.apply(input, module.weight, module.bias, site, module.normalized_shape, module.eps)
+
+
+def _per_channel(site: Site, weight: Tensor, bias: Tensor | None, x_hat: Tensor) -> Tensor:
+    """Gain and bias ``[C]`` by a copy a row, applied to x_hat ``[rows, C, ...]``."""
+    shape = (x_hat.shape[0], x_hat.shape[1], *[1] * (x_hat.dim() - 2))
+    out = x_hat * site.per_unit(weight).reshape(shape)
+    return out if bias is None else out + site.per_unit(bias).reshape(shape)
+
+
+@register_layer(nn.GroupNorm, norm="sums of g and g * x_hat")
+def group_norm(site: Site, module: nn.GroupNorm, input: Tensor) -> Tensor:
+    return _per_channel(site, module.weight, module.bias, F.group_norm(input, module.num_groups, eps=module.eps))
+
+
+@register_layer(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, norm="sums of g and g * x_hat")
+def instance_norm(site: Site, module: nn.InstanceNorm1d, input: Tensor) -> Tensor:
+    return _per_channel(site, module.weight, module.bias, F.instance_norm(input, eps=module.eps))
+
+
+@register_layer(nn.RMSNorm, norm="sums of g * x_hat")
+def rms_norm(site: Site, module: nn.RMSNorm, input: Tensor) -> Tensor:
+    x_hat = F.rms_norm(input, module.normalized_shape, eps=module.eps)  # [rows, ..., *shape]
+    middle = [1] * (input.dim() - 1 - len(module.normalized_shape))
+    weight = site.per_unit(module.weight).reshape(site.rows, *middle, *module.normalized_shape)
+    return x_hat * weight

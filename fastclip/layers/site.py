@@ -1,0 +1,142 @@
+"""One call of one layer: its units, its rows, and the way into the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastclip import ops
+from fastclip.tape import EmbeddingRows, Entry, LinearRows, PerUnit
+from fastclip.units import PrivacyUnits, Segments
+
+
+class Recorder(Protocol):
+    """Where entries go: one forward of the attached model (module.py)."""
+
+    units: PrivacyUnits
+
+    def record(self, param: Tensor, entry: Entry, block: slice | None) -> None: ...
+
+    def one_row(self, row: int, rows: int) -> AbstractContextManager[None]: ...
+
+
+class Site:
+    """What a layer rule works with.
+
+    name: the layer's qualified name. batch_dim: which dimension of its input and output counts examples (1 in
+    time-major code). rows: the size of that dimension, B, or B times a constant where the model flattens its batch.
+    """
+
+    def __init__(self, recorder: Recorder, name: str, rows: int, batch_dim: int = 0) -> None:
+        self.recorder = recorder
+        self.units = recorder.units
+        self.name = name
+        self.rows = rows
+        self.batch_dim = batch_dim
+
+    def batch_first(self) -> Site:
+        """The same site for tensors whose dim 0 counts examples."""
+        return Site(self.recorder, self.name, self.rows)
+
+    def need_batch_first(self) -> None:
+        """Raises ValueError in time-major code, for layers whose dim 0 has to count examples."""
+        if self.batch_dim:
+            raise ValueError(f"{self.name}: this layer needs inputs whose dim 0 counts examples: transpose before it")
+
+    def _rows(self, x: Tensor, trailing: int) -> Tensor:
+        """x ``[..., *trailing dims]`` as ``[N, numel]``, rows of one example together."""
+        x = x.movedim(self.batch_dim, 0) if self.batch_dim else x
+        return x.reshape(-1, x.shape[x.dim() - trailing :].numel()) if trailing else x.reshape(-1)
+
+    def one_row(self, row: int) -> AbstractContextManager[None]:
+        """While it lasts, layers inside see this row's example alone."""
+        return self.recorder.one_row(row, self.rows)
+
+    def segments(self, rows: int, device: torch.device) -> Segments:
+        """Segments of a tensor whose leading dimensions, flattened, make ``rows`` rows."""
+        return self.units.segments(rows, device)
+
+    def enter_linear(self, param: Tensor, a: Tensor, g: Tensor, block: slice | None = None) -> None:
+        """Enter gradient ``sum g_t a_t^T`` of ``param`` (or of its rows ``block``). a: ``[..., d]``, g: ``[..., p]``."""
+        a, g = self._rows(a, 1), self._rows(g, 1)
+        segments = self.segments(a.shape[0], a.device)
+        rows = LinearRows(segments.gather(a), segments.gather(g), Segments(None, segments.offsets))
+        self.recorder.record(param, rows, block)
+
+    def enter_embedding(self, param: Tensor, ids: Tensor, g: Tensor, padding_idx: int | None) -> None:
+        """Enter the gradient of an embedding. ids: int ``[...]``, g: ``[..., d]``."""
+        ids, g = self._rows(ids, 0), self._rows(g, 1)
+        segments = self.segments(ids.shape[0], ids.device)
+        rows = EmbeddingRows(segments.gather(ids), segments.gather(g), Segments(None, segments.offsets), padding_idx)
+        self.recorder.record(param, rows, None)
+
+    def enter_sum(self, param: Tensor, g: Tensor, x_hat: Tensor | None = None, block: slice | None = None) -> None:
+        """Enter gradient ``sum_t g_t`` or ``sum_t g_t * x_hat_t``. g, x_hat: ``[..., *shape]`` of ``param``'s shape."""
+        shape = param.shape if block is None else param[block].shape
+        g = self._rows(g, len(shape)) if shape else self._rows(g, 0)[:, None]
+        segments = self.segments(g.shape[0], g.device)
+        x_hat = None if x_hat is None else segments.gather(self._rows(x_hat, len(shape)))
+        grads = ops.segment_sum(segments.gather(g), x_hat, segments.offsets)
+        self.recorder.record(param, PerUnit(grads.view(-1, *shape)), block)
+
+    def per_unit(self, param: Tensor) -> Tensor:
+        """[rows, *shape]: one copy of the parameter a row, so that an owner's own code can use row i's copy for row i.
+
+        The copies share memory; their gradients are what the unit's norm and sum are taken from. Raises ValueError in
+        time-major code.
+        """
+        self.need_batch_first()
+        return _Copies.apply(param, self) if param.requires_grad else param.expand(self.rows, *param.shape)
+
+
+def wanted(ctx: Any, index: int) -> bool:
+    """Whether this backward is to fill the gradient of tensor input ``index``: False under ``inputs=`` or ``grad(., x)``.
+
+    Raises RuntimeError where the caller asks autograd for a parameter's gradient itself, which nobody would clip.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph=True asks for gradients of clipped gradients: detach the clipper for that")
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
+    except RuntimeError as error:
+        raise RuntimeError(
+            "torch.autograd.grad for a parameter of an attached model would return an unclipped gradient: "
+            "call backward() and read p.grad, or detach the clipper"
+        ) from error
+
+
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """Backward formulas choose their dtypes themselves, wherever backward() is called."""
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x as autocast hands it to a matrix product."""
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+class _Copies(Function):
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, site: Site) -> Tensor:
+        ctx.site, ctx.param = site, param
+        return param.detach().expand(site.rows, *param.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
+        if wanted(ctx, 0):
+            ctx.site.enter_sum(ctx.param, g)
+        return None, None

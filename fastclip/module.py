@@ -1,0 +1,455 @@
+"""attach: per-unit clipping for any PyTorch model, in place.
+
+Guarantees. After ``loss.backward()`` every trainable parameter's ``p.grad`` has grown by the sum over units of clipped
+gradients, each at most ``max_grad_norm`` in L2 over all parameters together; or backward has raised and ``p.grad`` holds
+no unclipped gradient. A parameter that reaches the loss by a way that the engine does not follow is an error, never a
+gap: each one carries a hook that refuses a gradient from autograd itself. One unit's inf or NaN reaches nobody else.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
+
+from fastclip import plan, tape, validation
+from fastclip.backward import BackwardPass, BackwardPasses, in_backward
+from fastclip.clipping import ClippingRule, check_norm, make_rule
+from fastclip.layers.bare import Targets
+from fastclip.layers.site import no_autocast
+from fastclip.layout import Law
+from fastclip.layouts import Layouts
+from fastclip.routing import LayerRoute, MethodRoute, RootRoute, Route
+from fastclip.sums import GradientSums
+from fastclip.units import PrivacyUnits
+
+# By id of the attached model, which keeps its clipper alive through the routes that stand in it.
+_CLIPPERS: weakref.WeakValueDictionary[int, Clipper] = weakref.WeakValueDictionary()
+
+
+class Owner(Protocol):
+    """What the clipper asks of the optimizer that releases its sums."""
+
+    def accept(self, units: PrivacyUnits) -> None: ...
+
+    def added(self, units: PrivacyUnits | None) -> None: ...
+
+
+class Forward:
+    """One forward of the attached model: its units, and whether its one backward is done."""
+
+    def __init__(self, clipper: Clipper, units: PrivacyUnits, laws: dict[str, Law]) -> None:
+        self._clipper = clipper
+        self.units = units
+        self.laws = laws
+        self.finished = False
+
+    @property
+    def examples(self) -> int:
+        assert self.units.unit_of is not None
+        return self.units.unit_of.numel()
+
+    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
+        if not self._clipper.attached:
+            raise RuntimeError("the clipper was detached between forward and backward: run the forward again")
+        if not param.is_leaf:
+            raise RuntimeError(
+                "a layer ran with a weight that is computed, not a parameter: its gradient cannot be followed"
+            )
+        if self.finished:
+            raise RuntimeError(
+                "a second backward through one forward: a unit's gradient must be whole before it is clipped; add the "
+                "losses and call backward() once"
+            )
+        self._clipper.passes.current().add(param, block, entry, self)
+
+    @contextmanager
+    def one_row(self, row: int, rows: int) -> Iterator[None]:
+        whole = self.units
+        self.units = whole.narrow(row * self.examples // rows)
+        try:
+            yield
+        finally:
+            self.units = whole
+
+    def same_units(self, other: Forward) -> bool:
+        mine, theirs = self.units, other.units
+        if mine.num_units != theirs.num_units or mine.ids != theirs.ids or mine.mean != theirs.mean:
+            return False
+        if mine.unit_of is None or theirs.unit_of is None:
+            return mine.unit_of is theirs.unit_of
+        return torch.equal(mine.unit_of, theirs.unit_of)
+
+
+class Clipper:
+    """What :func:`attach` returns.
+
+    unit_norms: fp32 ``[U]``, unclipped gradient norms of the last backward, units in order of first appearance.
+    nonfinite_units: how many units of the last backward had inf or NaN and therefore contributed nothing.
+    Both are looks at private data. layouts and passes are for the routes that stand in the model.
+    """
+
+    def __init__(self, model: nn.Module, rule: ClippingRule, loss_reduction: str, strict: bool) -> None:
+        self.model = model
+        self.rule = rule
+        self.loss_reduction = loss_reduction
+        self.strict = strict
+        self.attached = False
+        self.sums = GradientSums()
+        self.passes = BackwardPasses(self._finish)
+        self.layouts = Layouts(model, strict)
+        self.owner: Owner | None = None  # the optimizer that releases the sums
+        self.unit_norms = torch.zeros(0)
+        self._nonfinite = torch.zeros((), dtype=torch.int64)
+        self._routes: dict[nn.Module, list[Route]] = {}
+        self._guards: dict[nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
+        self._names: dict[nn.Parameter, str] = {}
+        self._group: dict[Tensor, int] = {}
+        self._num_groups = 1
+        self._live: weakref.WeakSet[Forward] = weakref.WeakSet()
+        self._last: Forward | None = None
+        self._local = threading.local()
+        self._open_units = 0
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C: the rule's. Setting it changes clip and noise together, and is refused while a clipped sum waits."""
+        return self.rule.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        value = check_norm("max_grad_norm", value)
+        if value != self.rule.max_grad_norm and any(self.sums.pending(p) is not None for p in self.parameters()):
+            raise ValueError(
+                f"max_grad_norm cannot become {value} within a logical batch that was clipped to "
+                f"{self.rule.max_grad_norm}: set it after step() and zero_grad()"
+            )
+        self.rule.max_grad_norm = value
+
+    @property
+    def nonfinite_units(self) -> int:
+        return int(self._nonfinite)
+
+    def parameters(self) -> dict[nn.Parameter, str]:
+        """Every trainable parameter of the model as it is now, with its first name."""
+        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def units(
+        self,
+        ids: Tensor | Sequence[int] | None = None,
+        offsets: Tensor | Sequence[int] | None = None,
+        *,
+        reduction: str = "sum",
+        num_examples: int | None = None,
+        shared: Sequence[str] = (),
+    ) -> Iterator[Clipper]:
+        """Name the units of the forwards inside.
+
+        ids: int ``[B]``, the unit of each example, in any order. offsets: int ``[U + 1]``, segments of the rows of a packed
+        batch ``[N, ...]`` or ``[1, N, ...]``. reduction: a unit's gradient is the sum or the mean of its examples'
+        gradients (ids only). num_examples: how many examples a packed batch has, where the loss is their mean. shared: names
+        of the model's arguments that belong to all examples, whatever their size (an attention mask ``[T, T]``).
+
+        Raises ValueError if both or neither of ids and offsets are given, or if they do not have these forms.
+        """
+        if (ids is None) == (offsets is None):
+            raise ValueError("give exactly one of ids= (one per example) and offsets= (segments of packed rows)")
+        if ids is not None:
+            made = PrivacyUnits.from_ids(
+                torch.as_tensor(ids if len(ids) else [], dtype=None if len(ids) else torch.int64), reduction
+            )
+        else:
+            if reduction != "sum":
+                raise ValueError(
+                    f'reduction={reduction!r} needs ids=: packed rows do not say where examples end; use "sum"'
+                )
+            if self.loss_reduction == "mean" and num_examples is None:
+                raise ValueError(
+                    'num_examples is needed with offsets and loss_reduction="mean": the loss was divided by it'
+                )
+            if num_examples is not None and (isinstance(num_examples, bool) or not num_examples >= 1):
+                raise ValueError(
+                    f"num_examples must be the positive number of examples in the batch, got {num_examples!r}"
+                )
+            made = PrivacyUnits.from_offsets(torch.as_tensor(offsets), num_examples)
+        outer = getattr(self._local, "units", None)
+        self._local.units = (made, tuple(shared))
+        self._open_units += 1
+        try:
+            yield self
+        finally:
+            self._local.units = outer
+            self._open_units -= 1
+
+    def forget_layout(self) -> None:
+        """Try the model again at the next forward, after a change of its code that its modules do not show."""
+        self.layouts.forget()
+
+    def detach(self) -> None:
+        """Leave the model as it was before :func:`attach`. Gradients stay where they are."""
+        for routes in self._routes.values():
+            for route in reversed(routes):
+                route.remove()
+        for handle in self._guards.values():
+            handle.remove()
+        self._routes.clear()
+        self._guards.clear()
+        self.attached = False
+        _CLIPPERS.pop(id(self.model), None)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let the model run and differentiate as if it were not attached (check_units does)."""
+        attached, self.attached = self.attached, False
+        try:
+            yield
+        finally:
+            self.attached = attached
+
+    # What routes call
+
+    @contextmanager
+    def forward_of(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """One forward of the model: its units are found and stay current for the layers inside."""
+        stack: list[Forward] = self._local.__dict__.setdefault("forwards", [])
+        if stack:
+            yield  # the model calls itself: still the same forward
+            return
+        if in_backward():
+            raise RuntimeError(
+                "the whole model is recomputed in backward, where nobody says whose its examples are: use non-reentrant "
+                "checkpointing, or checkpoint parts of the model"
+            )
+        if self._open_units and getattr(self._local, "units", None) is None:
+            raise RuntimeError("clipper.units() is open in another thread: open it in the thread that runs the model")
+        self.refresh()
+        given: tuple[PrivacyUnits, tuple[str, ...]] | None = getattr(self._local, "units", None)
+        units, laws = self.layouts.find(
+            original, args, kwargs, given[0] if given else None, given[1] if given else (), self._layers()
+        )
+        forward = Forward(self, units, laws)
+        self._live.add(forward)
+        self._last = forward
+        stack.append(forward)
+        try:
+            yield
+        finally:
+            stack.pop()
+
+    def current_forward(self, layer: str) -> Forward:
+        """The forward that a layer's call belongs to. Raises RuntimeError where there is none, or no telling which."""
+        stack = getattr(self._local, "forwards", None)
+        if stack:
+            return stack[-1]
+        if in_backward():
+            live = [f for f in self._live if not f.finished]
+            if live and all(f.same_units(live[0]) for f in live):
+                return self._last if self._last in live else live[0]
+            raise RuntimeError(
+                f"{layer}: recomputed in backward while {len(live)} forwards with different units are under way: use "
+                "non-reentrant checkpointing, or one backward per forward"
+            )
+        raise RuntimeError(
+            f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
+        )
+
+    def refresh(self) -> None:
+        """Follow the model as it is now: new, replaced, frozen and unfrozen parameters, new modules."""
+        trainable = self.parameters()
+        validation.check_parameters(trainable, self._guards)
+        if self.strict:
+            validation.check_mode(self.model)
+        for p, name in trainable.items():
+            if p not in self._guards:
+                self._guards[p] = p.register_hook(_guard(weakref.ref(self), name))
+        self._install()
+        if trainable != self._names:
+            layers = plan.layers_of(self.model, trainable)
+            groups = self.rule.groups([tuple(trainable[p] for p in layer) for layer in layers])
+            self._group = {p: k for layer, k in zip(layers, groups, strict=True) for p in layer}
+            self._num_groups = max(groups, default=0) + 1
+            self._names = trainable
+
+    def _install(self) -> None:
+        planned = plan.plan_routes(self.model)
+        for module, routes in list(self._routes.items()):
+            layer = next((r for r in routes if isinstance(r, LayerRoute)), None)
+            rule, targets = planned.get(module, (None, ()))
+            if layer is not None and ((layer.rule, list(layer.targets)) != (rule, list(targets))):
+                for route in reversed(self._routes.pop(module)):
+                    route.remove()
+        names = {module: name for name, module in self.model.named_modules()}
+        for module, (rule, targets) in planned.items():
+            if module not in self._routes:
+                self._routes[module] = [LayerRoute(self, module, names[module], rule, targets)]
+                self.layouts.forget()
+        for module, method, child in plan.biases_without_batch(self.model):
+            routes = self._routes.setdefault(module, [])
+            if not any(isinstance(r, MethodRoute) for r in routes):
+                held: Targets = [(child, "weight")]
+                routes.append(MethodRoute(self, module, method, f"{names[module]}.{method}", held))
+                for route in self._routes.get(child, []):
+                    if isinstance(route, LayerRoute):
+                        route.bypass = True
+        root = self._routes.setdefault(self.model, [])
+        if not any(isinstance(r, RootRoute) for r in root):
+            root.append(RootRoute(self, self.model))
+
+    def _layers(self) -> list[LayerRoute]:
+        routes = [r for routes in self._routes.values() for r in routes if isinstance(r, LayerRoute)]
+        return [r for r in routes if r.trainable() and not r.bypass]
+
+    # The end of a backward
+
+    def _finish(self, done: BackwardPass) -> None:
+        if not done.entries or not self.attached:
+            return
+        units = done.forwards[0].units
+        if not all(f.same_units(done.forwards[0]) for f in done.forwards):
+            raise RuntimeError("one backward covers forwards with different units: call backward() once for each")
+        if self.strict and len(done.forwards) > 1 and units.ids is None:
+            raise RuntimeError(
+                "one backward covers several forwards: say by clipper.units(ids=...) around each whose examples they are, so "
+                "that those of one unit are clipped together and those of two apart"
+            )
+        trainable = self.parameters()
+        for p, name in trainable.items():
+            self.sums.check(name, p)
+        for q, _, _ in done.entries:
+            if q not in self._group or q not in trainable:
+                raise RuntimeError(
+                    "the set of trainable parameters changed between forward and backward: run the forward again"
+                )
+        if self.owner is not None:
+            self.owner.accept(units)
+        with (
+            torch.no_grad(),
+            _full_precision(),
+            no_autocast("cpu"),
+            no_autocast(next(iter(done.entries))[0].device.type),
+        ):
+            done.entries = tape.separate(done.entries)
+            outcome = self._clip(done, units)
+            try:
+                self._add(done, outcome.factors)
+            except BaseException:
+                # Half a sum is no sum: the logical batch starts again from zero.
+                self.sums.clear()
+                for p in trainable:
+                    p.grad = None
+                if self.owner is not None:
+                    self.owner.added(None)
+                raise
+        self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
+        for f in done.forwards:
+            f.finished = True
+        if self.owner is not None:
+            self.owner.added(units)
+
+    def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
+        device = next(iter(done.entries))[0].device
+        squares = torch.zeros(self._num_groups, units.num_units, dtype=torch.float64, device=device)
+        bounds = torch.zeros_like(squares)
+        for (p, _, _), entries in done.entries.items():
+            square, bound = tape.squared_norm(entries)
+            squares[self._group[p]] += square.to(device)
+            if bound is not None:
+                bounds[self._group[p]] += bound.to(device)
+        scale = torch.ones(units.num_units, dtype=torch.float64)
+        if units.mean:
+            scale /= units.examples_per_unit
+        if self.loss_reduction == "mean":
+            scale *= float(units.num_examples or 0)
+        return tape.clip(squares, bounds, scale.to(device), self.rule)
+
+    def _add(self, done: BackwardPass, factors: Tensor) -> None:
+        """Sums of all slots; entries are dropped as they are used. factors: ``[K, U]``."""
+        totals: dict[Tensor, Tensor] = {}
+        for slot in list(done.entries):
+            p, start, stop = slot
+            whole = not p.dim() or stop - start == p.shape[0]
+            holds = True
+            if p not in totals:
+                totals[p], holds = self.sums.target(p)
+                if not holds and not whole:
+                    totals[p].zero_()
+                    holds = True
+            for entry in done.entries.pop(slot):
+                entry.add_clipped(factors[self._group[p]], totals[p] if whole else totals[p][start:stop], holds)
+                holds = True
+        for p, total in totals.items():
+            self.sums.write(p, total, released=False)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32, whatever the user chose for the model's own: norms and sums count on it."""
+    chosen = torch.get_float32_matmul_precision()
+    if chosen == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
+def _guard(clipper: weakref.ref[Clipper], name: str) -> Callable[[Tensor | None], None]:
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def refuse(grad: Tensor | None) -> None:
+        owner = clipper()
+        if grad is not None and owner is not None and owner.attached:
+            raise RuntimeError(
+                f"{name} is used in a way that fastclip does not follow (outside its own module's forward, or by a function "
+                "that gets the parameter itself): its gradient would not be clipped. Use it inside its module's forward, "
+                "register a layer with fastclip.register_layer, or freeze it with requires_grad_(False)"
+            )
+
+    return refuse
+
+
+def attach(
+    model: nn.Module,
+    max_grad_norm: float,
+    clipping: str | ClippingRule = "flat",
+    loss_reduction: str = "sum",
+    strict: bool = True,
+) -> Clipper:
+    """Clip per-unit gradients of ``model`` from now on; returns the :class:`Clipper` that undoes it.
+
+    max_grad_norm: C, the most that one unit's gradient may measure in L2. clipping: "flat", "automatic", "per_layer", or
+    a rule object (clipping.py). loss_reduction: whether the loss given to backward() is the sum over examples or their
+    mean. strict: try on the first batch that examples do not mix in the model, and refuse what cannot be private.
+
+    Raises ValueError for bad arguments, a model that cannot be private, or one that is attached already; the model is
+    then as it was.
+    """
+    rule = make_rule(clipping, max_grad_norm)
+    if loss_reduction not in ("sum", "mean"):
+        raise ValueError(f'loss_reduction must be "sum" or "mean", got {loss_reduction!r}')
+    if any(clipper_of(m) is not None for m in model.modules()):
+        raise ValueError("the model, or a part of it, is attached already: detach() that clipper first")
+    validation.check_model(model, strict)
+    clipper = Clipper(model, rule, loss_reduction, strict)
+    try:
+        clipper.refresh()
+    except BaseException:
+        clipper.detach()
+        raise
+    clipper.attached = True
+    _CLIPPERS[id(model)] = clipper
+    return clipper
+
+
+def clipper_of(model: nn.Module) -> Clipper | None:
+    """The clipper attached to ``model``; None if there is none."""
+    found = _CLIPPERS.get(id(model))
+    return found if found is not None and found.model is model else None

@@ -1,0 +1,66 @@
+"""Which modules of a model get a route, and which parameters belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastclip.layers import Rule, find_rule
+from fastclip.layers.bare import Targets
+
+Plan = dict[nn.Module, tuple[Rule | None, Targets]]
+
+
+def plan_routes(model: nn.Module) -> Plan:
+    """For every module that owns parameters: its rule (None: bare parameters) and where those parameters are held.
+
+    A parametrized module owns what its parametrizations hold; multi-head attention owns its output projection, whose
+    forward it does not call.
+    """
+    inside = {m for module in model.modules() if parametrize.is_parametrized(module) for m in _parametrizations(module)}
+    plan: Plan = {}
+    for module in model.modules():
+        if module in inside:
+            continue
+        holders = [module]
+        if parametrize.is_parametrized(module):
+            holders += _parametrizations(module)
+        if isinstance(module, nn.MultiheadAttention):
+            holders.append(module.out_proj)
+        targets = [(h, name) for h in holders for name, p in h._parameters.items() if p is not None]
+        if targets:
+            plan[module] = (find_rule(module), targets)
+    return plan
+
+
+def _parametrizations(module: nn.Module) -> list[nn.Module]:
+    return list(module.parametrizations.modules())  # type: ignore[union-attr]
+
+
+def biases_without_batch(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Embedding]]:
+    """T5's kind of relative position bias: (module, method, embedding), one bias ``[1, H, T, S]`` for all examples."""
+    for module in model.modules():
+        child = getattr(module, "relative_attention_bias", None)
+        if isinstance(child, nn.Embedding) and callable(getattr(module, "compute_bias", None)):
+            yield module, "compute_bias", child
+
+
+def layers_of(model: nn.Module, trainable: Mapping[nn.Parameter, str]) -> list[list[nn.Parameter]]:
+    """Trainable parameters by owning module, in order of appearance; modules that share a parameter are one layer."""
+    layers: list[list[nn.Parameter]] = []
+    for module in model.modules():
+        own = [p for p in module._parameters.values() if p is not None and p in trainable]
+        if not own:
+            continue
+        shared = [layer for layer in layers if any(p is q for p in own for q in layer)]
+        if not shared:
+            layers.append(own)
+            continue
+        together = [q for layer in shared for q in layer]
+        together += [p for p in own if not any(p is q for q in together)]
+        at = next(i for i, layer in enumerate(layers) if layer is shared[0])
+        layers = [layer for layer in layers if not any(layer is s for s in shared)]
+        layers.insert(at, together)
+    return layers

@@ -1,0 +1,222 @@
+"""What stands in a module's ``forward`` while a clipper is attached.
+
+The objects live in the instance's ``__dict__``, so class, ``state_dict`` and parameters stay as they are; a pickled or
+deep-copied module finds its own class's forward again and is plain.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastclip.backward import in_backward
+from fastclip.layers.bare import Targets, params_of, run_copies, run_loop
+from fastclip.layers.calls import Catch, caught_by_function, run_caught
+from fastclip.layers.registry import Rule
+from fastclip.layers.site import Site
+from fastclip.layout import Law, packed_rows, primary
+
+if TYPE_CHECKING:
+    from fastclip.module import Clipper, Forward
+
+
+CALL = "()"  # behind a module's name: the caught call inside it
+
+
+class Route:
+    """A callable in place of one method of one module."""
+
+    def __init__(self, clipper: Clipper, module: nn.Module, method: str = "forward") -> None:
+        self.clipper = clipper
+        self.module = module
+        self.method = method
+        self.original = getattr(module, method)
+        self._previous = module.__dict__.get(method)
+        module.__dict__[method] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, self.method)
+
+    def remove(self) -> None:
+        """Put back what was there; where somebody wrapped this object meanwhile, it only passes calls on from now."""
+        if self.module.__dict__.get(self.method) is self:
+            if self._previous is None:
+                del self.module.__dict__[self.method]
+            else:
+                self.module.__dict__[self.method] = self._previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class RootRoute(Route):
+    """The attached model's forward: finds the units of the batch, then runs the model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.clipper.attached or not torch.is_grad_enabled() or self.clipper.layouts.probe is not None:
+            return self.original(*args, **kwargs)
+        with self.clipper.forward_of(self.original, args, kwargs):
+            return self.original(*args, **kwargs)
+
+
+class LayerRoute(Route):
+    """One layer's forward: through its rule, or with per-row copies of its bare parameters."""
+
+    def __init__(self, clipper: Clipper, module: nn.Module, name: str, rule: Rule | None, targets: Targets) -> None:
+        super().__init__(clipper, module)
+        self.name, self.rule, self.targets = name, rule, targets
+        self.caught = rule is None and caught_by_function(module)
+        self.bypass = False  # somebody above takes care of its parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clipper = self.clipper
+        if not clipper.attached or self.bypass:
+            return self.original(*args, **kwargs)
+        if clipper.layouts.probe is not None:
+            return clipper.layouts.probe.see(self.name, self._watched, (args, kwargs))
+        if in_backward():
+            clipper.passes.current()  # recomputation: arms the callback on the outermost backward
+        if not torch.is_grad_enabled() or not self.trainable():
+            return self.original(*args, **kwargs)
+        return self._run(clipper.current_forward(self.name), args, kwargs)
+
+    def trainable(self) -> bool:
+        return any(p.requires_grad for p in params_of(self.targets))
+
+    def _watched(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward under a trial, which sees caught calls too."""
+        probe = self.clipper.layouts.probe
+        if not self.caught or probe is None:
+            return self.original(*args, **kwargs)
+        with Catch(self.module.weight, lambda func, *a, **k: probe.see(self.name + CALL, func, (a, k))):  # type: ignore[arg-type]
+            return self.original(*args, **kwargs)
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.caught:
+            with Catch(self.module.weight, partial(self._run_caught, forward)):  # type: ignore[arg-type]
+                return self.original(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        first = primary(leaves)
+        packed = forward.units.num_rows
+        if packed is not None:
+            return self._run_packed(forward, first, packed, args, kwargs)
+        if self.rule is None:
+            return self._run_bare(forward, leaves, args, kwargs)
+        if first is None:
+            raise ValueError(f"{self.name}: called without a tensor, so its rows cannot belong to anybody")
+        site, spread = self._place(self.name, forward, first)
+        args, kwargs = _replace(first, spread, args, kwargs)
+        return self.rule(site, self.module, *args, **kwargs)
+
+    def _run_caught(self, forward: Forward, func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        rows = forward.units.num_rows
+        if rows is not None:
+            flat = packed_rows(x, rows)
+            if flat is None:
+                raise ValueError(f"{self.name}: offsets cover {rows} rows, but its input has shape {list(x.shape)}")
+            out = run_caught(Site(forward, self.name, rows), func, flat, *rest, **kwargs)
+            return out if flat is x else out[None]
+        site, x = self._place(self.name + CALL, forward, x)
+        return run_caught(site, func, x, *rest, **kwargs)
+
+    def _place(self, name: str, forward: Forward, x: Tensor) -> tuple[Site, Tensor]:
+        """Where the rows of an input x are, and x with a row for each example where it had one for all."""
+        examples = forward.examples
+        law = self._law(name, forward, x)
+        if law.dim is None:  # position ids and the like: one input for all examples
+            x = x if x.shape[0] == 1 else x[None]
+            return Site(forward, self.name, examples), x.expand(examples, *x.shape[1:])
+        rows = x.shape[law.dim] if law.dim < x.dim() else -1
+        if (rows != examples) if law.whole else (rows < 0 or (examples == 0) != (rows == 0) or rows % max(examples, 1)):
+            raise ValueError(
+                f"{self.name}: its input has {rows} rows in dim {law.dim} for {examples} examples; on the first batch that "
+                "dimension counted examples. What depends on other things than the batch cannot be followed"
+            )
+        return Site(forward, self.name, rows, law.dim), x
+
+    def _law(self, name: str, forward: Forward, x: Tensor | None) -> Law:
+        """The law found on the first forward of this kind. Refuses what it does not cover; guesses nothing."""
+        law = forward.laws.get(name)
+        if law is None and forward.examples == 0 and x is not None:
+            return Law(None if x.shape[0] == 1 else 0, False, ())  # no example, so no rows to tell apart
+        if law is None:
+            raise ValueError(
+                f"{self.name or 'the model'} did not run when the model was tried on its first batch, so nothing is known of "
+                "its rows: let every forward use the same layers, or switch by an argument that is a bool or None"
+            )
+        if x is not None and (self.rule is None or law.dim is None) and not law.fits(x):
+            raise ValueError(
+                f"{self.name or 'the model'}: its input has shape {list(x.shape)} and had {list(law.sizes)} when the model was "
+                "tried: its rows cannot be told from that; give inputs of one form"
+            )
+        return law
+
+    def _run_bare(self, forward: Forward, leaves: list[Any], args: Any, kwargs: Any) -> Any:
+        if forward.examples == 0:
+            with torch.no_grad():
+                return self.original(*args, **kwargs)
+        found = forward.laws.get(self.name)
+        flags = found.batched if found is not None and len(found.batched) == len(leaves) else ()
+        spoken = next((x for x, is_batched in zip(leaves, flags, strict=False) if is_batched), primary(leaves))
+        law = self._law(self.name, forward, spoken)
+        if len(leaves) != len(law.batched):
+            raise ValueError(
+                f"{self.name}: called with other arguments than on the first batch; cannot follow its rows"
+            )
+        batch = next((x for x, is_batched in zip(leaves, law.batched, strict=True) if is_batched), None)
+        rows = forward.examples if batch is None else batch.shape[0]
+        if (rows != forward.examples) if law.whole else rows % max(forward.examples, 1):
+            raise ValueError(f"{self.name}: its input has {rows} rows for {forward.examples} examples")
+        site = Site(forward, self.name, rows)
+        if law.rank is not None:
+            return run_copies(site, self.targets, self.original, law.rank, (args, kwargs))
+        return run_loop(site, self.targets, self.original, law.batched, (args, kwargs))
+
+    def _run_packed(self, forward: Forward, first: Tensor | None, rows: int, args: Any, kwargs: Any) -> Any:
+        """Rows of a packed batch stand in dim 0, or in dim 1 behind a dim of 1."""
+        if first is None or (first.shape[: first.dim() - 1 or 1].numel() != rows and first.numel() != rows):
+            shape = None if first is None else list(first.shape)
+            raise ValueError(f"{self.name}: offsets cover {rows} rows, but its input has shape {shape}")
+        flat = first.reshape(rows, *first.shape[2:]) if first.shape[0] == 1 and rows != 1 else first
+        args, kwargs = _replace(first, flat, args, kwargs)
+        site = Site(forward, self.name, rows)
+        if self.rule is None:
+            rank = forward.laws[self.name].rank
+            assert rank is not None  # the trial refuses a packed batch otherwise
+            out = run_copies(site, self.targets, self.original, rank, (args, kwargs))
+        else:
+            out = self.rule(site, self.module, *args, **kwargs)
+        return out if flat is first else out[None]
+
+
+class MethodRoute(Route):
+    """A method that uses a child's parameters without a batch dimension (relative position bias): row by row."""
+
+    def __init__(self, clipper: Clipper, module: nn.Module, method: str, name: str, targets: Targets) -> None:
+        super().__init__(clipper, module, method)
+        self.name, self.targets = name, targets
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clipper = self.clipper
+        trainable = any(p.requires_grad for p in params_of(self.targets))
+        if not clipper.attached or not torch.is_grad_enabled() or clipper.layouts.probe is not None or not trainable:
+            return self.original(*args, **kwargs)
+        forward = clipper.current_forward(self.name)
+        batched = [False] * len(tree_leaves((args, kwargs)))
+        return run_loop(
+            Site(forward, self.name, forward.examples), self.targets, self.original, batched, (args, kwargs)
+        )
+
+
+def _replace(old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The call with one tensor in place of another."""
+    if new is old:
+        return args, kwargs
+    return (
+        tuple(new if x is old else x for x in args),
+        {k: new if x is old else x for k, x in kwargs.items()},
+    )

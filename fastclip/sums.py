@@ -1,0 +1,75 @@
+"""Where the clipped sums of one logical batch stand, and who may touch them.
+
+fp32 (or fp64) sums live in ``p.grad`` itself; for a narrower parameter they are kept beside it in fp32 and ``p.grad``
+shows them rounded, because clipped sums accumulate in fp32 whatever the parameter's dtype.
+
+Guarantee: between a backward and the release nobody else changes the sums unnoticed (identity and version counter of
+``p.grad`` are remembered), and sums are not added to gradients that were released already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastclip.reference import accumulation_dtype
+
+
+@dataclass
+class _Record:
+    grad: Tensor  # what p.grad was when we last wrote it
+    version: int
+    wide: Tensor | None  # fp32 sum of a narrower parameter; None where p.grad is the sum
+    released: bool
+
+
+class GradientSums:
+    def __init__(self) -> None:
+        self._records: dict[Tensor, _Record] = {}
+
+    def check(self, name: str, p: Tensor) -> None:
+        """Raises RuntimeError unless ``p.grad`` is absent, zero, or the sum that we left there."""
+        record = self._current(p)
+        if p.grad is None or (record is not None and not record.released):
+            return
+        if record is not None:
+            raise RuntimeError(
+                f"gradients of {name} were released by step() and not cleared: call zero_grad() after it"
+            )
+        if bool(p.grad.any()):
+            raise RuntimeError(
+                f"the gradient of {name} was changed since it was clipped (by gradient clipping, a loss scaler, a hook, or "
+                "a backward before attach): nothing may touch p.grad between backward() and step(); call zero_grad()"
+            )
+
+    def _current(self, p: Tensor) -> _Record | None:
+        record = self._records.get(p)
+        if record is None or p.grad is not record.grad or p.grad._version != record.version:
+            return None
+        return record
+
+    def pending(self, p: Tensor) -> Tensor | None:
+        """The clipped sum that waits for its release, fp32 or fp64 ``[*p.shape]``; None if there is none."""
+        record = self._current(p)
+        if record is None or record.released:
+            return None
+        return record.grad if record.wide is None else record.wide
+
+    def target(self, p: Tensor) -> tuple[Tensor, bool]:
+        """(the sum to add to, whether it holds anything yet)."""
+        pending = self.pending(p)
+        if pending is not None:
+            return pending, True
+        return torch.empty_like(p, dtype=accumulation_dtype(p.dtype), memory_format=torch.contiguous_format), False
+
+    def write(self, p: Tensor, total: Tensor, *, released: bool) -> None:
+        """Let ``p.grad`` be ``total`` (in p's dtype) and remember it."""
+        wide = None if total.dtype == p.dtype else total
+        p.grad = total if wide is None else total.to(p.dtype)
+        self._records[p] = _Record(p.grad, p.grad._version, None if released else wide, released)
+
+    def clear(self) -> None:
+        """Forget everything; whoever calls this clears the gradients."""
+        self._records.clear()

@@ -1,0 +1,239 @@
+"""The tape of one backward: what each parameter needs for its norm and for its clipped sum.
+
+A layer's backward enters what it knows about a parameter's gradient; at the end of the backward the tape turns all
+entries of a parameter together into squared norms ``[U]``, the clipping rule turns those into factors, and each entry is
+added to the parameter's clipped sum. Shared layers, layers called k times and tied weights are entries under one slot.
+
+Guarantees, given that every trainable parameter's every use is entered (module.py sees to that):
+
+- the norm of a unit is over all entries of all slots, and never below the exact norm of the sum that is applied, up to
+  ``NORM_SLACK``; where a unit's rows cancel so far that the fp32 rounding of its sum could be more than ``SUM_SLACK`` of
+  its norm, that bound is added to its norm;
+- what rounding may then still add, ``ROUNDING_SLACK`` for both, the optimizer charges to the noise;
+- a unit whose norm is not finite gets factor 0 in every group and is counted; its rows are zeroed, not multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastclip import ops
+from fastclip.clipping import ClippingRule
+from fastclip.reference import NORM_SLACK, UNIT_ROUNDOFF_FP32, UNIT_ROUNDOFF_FP64, accumulation_dtype, gram_error
+from fastclip.units import Segments, merge
+
+SUM_SLACK = 2.0**-9
+ROUNDING_SLACK = NORM_SLACK + SUM_SLACK
+
+
+@dataclass(frozen=True)
+class LinearRows:
+    """Gradient ``sum_t g_t a_t^T`` by its factors. a: ``[N, d]``, g: ``[N, p]``, rows gathered by unit."""
+
+    a: Tensor
+    g: Tensor
+    segments: Segments
+
+    def part(self, start: int, stop: int) -> LinearRows:
+        """The gradient of rows ``start:stop`` of the parameter."""
+        return LinearRows(self.a, self.g[:, start:stop], self.segments)
+
+    def per_unit(self, shape: torch.Size) -> Tensor:
+        """[U, p, d]."""
+        parts = self.segments.offsets.tolist()
+        dtype = accumulation_dtype(self.g.dtype)
+        rows = [slice(i, j) for i, j in pairwise(parts)]
+        return torch.stack([self.g[r].to(dtype).mT @ self.a[r].to(dtype) for r in rows]).view(-1, *shape)
+
+    def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:
+        ops.clipped_gemm(self.a, self.g, self.segments.offsets, factors, out, accumulate=accumulate)
+
+
+@dataclass(frozen=True)
+class EmbeddingRows:
+    """Gradient of an embedding ``[V, d]``: ids ``[N]`` and output gradients g ``[N, d]``, rows gathered by unit."""
+
+    ids: Tensor
+    g: Tensor
+    segments: Segments
+    padding_idx: int | None
+
+    def part(self, start: int, stop: int) -> PerUnit:
+        whole = self.per_unit(torch.Size([max(stop, int(self.ids.max()) + 1), self.g.shape[1]]))
+        return PerUnit(whole[:, start:stop])
+
+    def per_unit(self, shape: torch.Size) -> Tensor:
+        """[U, V, d]."""
+        num_units = self.segments.num_units
+        out = self.g.new_zeros(num_units * shape[0], shape[1], dtype=accumulation_dtype(self.g.dtype))
+        rows = self.ids.long() + self.segments.unit_of_row() * shape[0]
+        keep = slice(None) if self.padding_idx is None else self.ids != self.padding_idx
+        return out.index_add_(0, rows[keep], self.g.to(out.dtype)[keep]).view(num_units, *shape)
+
+    def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:
+        if not accumulate:
+            out.zero_()
+        ops.clipped_embedding(self.ids, self.g, self.segments.offsets, factors, out, self.padding_idx)
+
+
+@dataclass(frozen=True)
+class PerUnit:
+    """Gradients materialised a unit: ``[U, *shape]``. Norm and sum use the very same numbers."""
+
+    grads: Tensor
+
+    def part(self, start: int, stop: int) -> PerUnit:
+        return PerUnit(self.grads[:, start:stop])
+
+    def per_unit(self, shape: torch.Size) -> Tensor:
+        return self.grads
+
+    def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:
+        if not accumulate:
+            out.zero_()
+        ops.clipped_sum(self.grads, factors, out)
+
+
+Entry = LinearRows | EmbeddingRows | PerUnit
+Slot = tuple[Tensor, int, int]  # a parameter and the range of its rows that the entries belong to
+
+
+def separate(slots: dict[Slot, list[Entry]]) -> dict[Slot, list[Entry]]:
+    """The same entries under slots that do not overlap, so that squared norms of slots add.
+
+    A packed projection may be used whole in one call and in blocks in another: then each entry is cut at all borders.
+    """
+    ranges: dict[Tensor, set[tuple[int, int]]] = {}
+    for p, start, stop in slots:
+        ranges.setdefault(p, set()).add((start, stop))
+    out: dict[Slot, list[Entry]] = {}
+    for (p, start, stop), entries in slots.items():
+        borders = sorted({edge for pair in ranges[p] for edge in pair if start <= edge <= stop})
+        for i, j in pairwise(borders):
+            parts = entries if (i, j) == (start, stop) else [e.part(i - start, j - start) for e in entries]
+            out.setdefault((p, i, j), []).extend(parts)
+    return {slot: _one_form(slot, entries) for slot, entries in out.items()}
+
+
+def _one_form(slot: Slot, entries: list[Entry]) -> list[Entry]:
+    """Entries whose norm and sum are taken from the same numbers: one materialised gradient where any is.
+
+    That is where per-unit gradients stand beside others, or where two embeddings of one weight leave out different rows.
+    """
+    paddings = {e.padding_idx for e in entries if isinstance(e, EmbeddingRows)}
+    if len(entries) == 1 or (len(paddings) <= 1 and not any(isinstance(e, PerUnit) for e in entries)):
+        return entries
+    p, start, stop = slot
+    shape = torch.Size([stop - start, *p.shape[1:]]) if p.dim() else p.shape
+    total = entries[0].per_unit(shape)
+    for e in entries[1:]:
+        total = total + e.per_unit(shape)
+    return [PerUnit(total)]
+
+
+def _square(grads: Tensor) -> Tensor:
+    """fp64 ``[U]`` from ``[U, ...]``; not through a fp64 copy of the whole."""
+    flat = grads.reshape(grads.shape[0], grads.shape[1:].numel())
+    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square_()
+
+
+def _merge_linear(entries: Sequence[LinearRows]) -> LinearRows:
+    if len(entries) == 1:
+        return entries[0]
+    dtype = accumulation_dtype(torch.promote_types(entries[0].a.dtype, entries[0].g.dtype))
+    together = merge([e.segments for e in entries])
+    a = together.gather(torch.cat([e.a.to(dtype) for e in entries]))
+    g = together.gather(torch.cat([e.g.to(dtype) for e in entries]))
+    return LinearRows(a, g, Segments(None, together.offsets))
+
+
+def _merge_embedding(entries: Sequence[EmbeddingRows]) -> EmbeddingRows:
+    if len(entries) == 1:
+        return entries[0]
+    together = merge([e.segments for e in entries])
+    ids = together.gather(torch.cat([e.ids for e in entries]))
+    g = together.gather(torch.cat([e.g.float() if e.g.dtype != torch.float64 else e.g for e in entries]))
+    return EmbeddingRows(ids, g, Segments(None, together.offsets), entries[0].padding_idx)
+
+
+def squared_norm(entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
+    """(fp64 ``[U]`` squared norm, fp64 ``[U]`` bound on the rounding of the clipped sum) for a slot of ``separate``.
+
+    The bound covers what is summed over rows in fp32, ``(L + 2) 2^-24 sum_t |a_t||g_t|`` for a unit of L rows (Higham,
+    section 3.1, one more for the factor); None where norm and sum are taken from the same materialised numbers.
+    """
+    linear = [e for e in entries if isinstance(e, LinearRows)]
+    embedding = [e for e in entries if isinstance(e, EmbeddingRows)]
+    if isinstance(entries[0], PerUnit):
+        return _square(entries[0].grads), None
+    if not embedding:
+        head = _merge_linear(linear)
+        return ops.linear_norm(head.a, head.g, head.segments.offsets), _rounding(head.a, head.g, head.segments)
+    tail = _merge_embedding(embedding)
+    square = ops.embedding_norm(tail.ids, tail.g, tail.segments.offsets, tail.padding_idx)
+    bound = _rounding(tail.g.new_ones(tail.g.shape[0], 1), tail.g, tail.segments)
+    if not linear:
+        return square, bound
+    head = _merge_linear(linear)
+    cross = 2 * ops.tied_cross(
+        head.a, head.g, head.segments.offsets, tail.ids, tail.g, tail.segments.offsets, tail.padding_idx
+    )
+    return _tied_square(head, square + cross, square), bound + _rounding(head.a, head.g, head.segments)
+
+
+def _tied_square(head: LinearRows, others: Tensor, embedding: Tensor) -> Tensor:
+    """fp64 ``[U]``: squared norm of head + embedding, from the embedding's square and that plus twice the inner product.
+
+    Where head and embedding cancel, what the head's own square may be off by is no longer small beside the sum: those
+    units' heads are done in fp64. The sum cancels at worst down to fp64 rounding of its parts; 1e-12 of them is above it.
+    """
+    offsets = head.segments.offsets
+    square = ops.linear_norm(head.a, head.g, offsets)
+    if square.device.type == "cpu" and head.g.dtype != torch.float64:
+        d, p = head.a.shape[1], head.g.shape[1]
+        worst = torch.tensor([gram_error(d, p, n) for n in offsets.diff().tolist()], dtype=torch.float64)
+        error = worst * ops.row_norm_products(head.a, head.g, offsets).square()
+        bounds = offsets.tolist()
+        for u in (~(error <= 2 * NORM_SLACK * (square + others))).nonzero().flatten().tolist():
+            rows = slice(bounds[u], bounds[u + 1])
+            whole = offsets.new_tensor([0, bounds[u + 1] - bounds[u]])
+            square[u] = ops.linear_norm(head.a[rows].double(), head.g[rows].double(), whole)[0]
+    return (square + others).clamp_min(0) + 1e-12 * (square + embedding)
+
+
+def _rounding(a: Tensor, g: Tensor, segments: Segments) -> Tensor:
+    """fp64 ``[U]``: bound on the rounding of ``sum_t g_t a_t^T`` in the sum's own precision."""
+    roundoff = UNIT_ROUNDOFF_FP64 if accumulation_dtype(g.dtype) == torch.float64 else UNIT_ROUNDOFF_FP32
+    return (segments.offsets.diff().double() + 2) * roundoff * ops.row_norm_products(a, g, segments.offsets)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one backward found. norms: fp32 ``[U]``, unclipped; factors: fp64 ``[K, U]``; nonfinite: int64 scalar."""
+
+    norms: Tensor
+    factors: Tensor
+    nonfinite: Tensor
+
+
+def clip(squares: Tensor, bounds: Tensor, scale: Tensor, rule: ClippingRule) -> Outcome:
+    """Norms and factors from squared norms ``[K, U]``, rounding bounds ``[K, U]`` and each unit's weight ``[U]``.
+
+    A unit's gradient is ``scale`` times the sum of its rows' gradients, and the factors returned multiply that sum.
+    """
+    norms = squares.sqrt() * scale
+    bounds = bounds * scale
+    guarded = torch.where(bounds > SUM_SLACK * norms, norms + bounds, norms)
+    factors = rule.factors(guarded)
+    # No rule gets beyond its own bound, and no factor is so small that fp32 would lose its digits.
+    clipped = (factors * guarded).square().sum(0).sqrt()  # [U]
+    factors = factors * (rule.max_grad_norm / clipped).clamp(max=1.0) * scale
+    finite = squares.isfinite().all(0) & factors.isfinite().all(0)  # [U]
+    factors = factors.masked_fill(~finite | (factors < 1e-30), 0.0)
+    total = norms.square().sum(0).sqrt()
+    return Outcome(total.float(), factors, (~finite).sum())

@@ -1,0 +1,423 @@
+"""The trial of a model on its first batch: which dimension of which layer's input counts examples, and do they mix.
+
+Nothing is guessed from one shape. The model runs without gradients and without dropout on two of the batch's examples,
+on three, on three with one changed (the first, then the last), and on the whole batch. The dimension of a layer's input
+that grows with the number of examples is its batch dimension, whatever other sizes happen to equal B; a change in one
+example must reach no row of another at any layer's input or at the output; three examples must have the same rows alone
+as in the whole batch; an output without a batch dimension (a loss) must be a sum of one term an example. Modules that use
+parameters in code of their own are tried with copies (copies.py).
+
+Not seen here: what happens behind the model's output (check_units), and code that runs only for content that the first
+batch and its changes do not have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from fastclip.copies import Run, choose, no_batch_dim, same
+from fastclip.layers.bare import Targets
+from fastclip.layout import Law, find_law, growing_dim, packed_rows
+from fastclip.units import PrivacyUnits
+
+# Runs of one shape go through the same kernels: what remains is another path through attention for another mask.
+_SAME_SHAPE = 1e-5
+_OTHER_SHAPE = 1e-4
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout draws by position in the batch; without it an example alone and in the batch can be compared."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+            args = args[:4] + args[5:] if len(args) == 5 else args
+        elif "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+class _Picks(TorchDispatchMode):
+    """Notices operations whose number of rows depends on what the rows hold."""
+
+    _OPS = (torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.unique_consecutive)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet in self._OPS:
+            self.seen = True
+        elif packet is torch.ops.aten.index:
+            self.seen |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
+    """Another value of the same kind for one example x ``[...]``: valid ids stay valid, masks stay masks.
+
+    name: the argument's. others: ``[n, ...]``, the batch's own rows. strongly: grow values instead of shrinking them, end a
+    mask of ones earlier, ignore half of the labels.
+    """
+    if x.is_floating_point():
+        flipped = x.flip(-1) if x.dim() else x
+        return flipped * -3 + 0.5 if strongly else flipped * 0.9 + 0.05
+    half = x.shape[-1] // 2 if x.dim() else 0
+    if strongly and half and ("mask" in name or "label" in name):
+        x = x.clone()
+        x[..., half:] = 0 if "mask" in name else -100
+        return x
+    candidates = [x.flip(-1)] if x.dim() else []
+    candidates += [row for row in others if row.shape == x.shape]
+    if others.dtype != torch.bool and "mask" not in name:
+        # Other values, not only another order: what only adds rows up would not notice that.
+        low, high = int(others.min()), int(others.max())
+        candidates = [low + high - x, *candidates, torch.full_like(x, low), torch.full_like(x, high)]
+    return next((c for c in candidates if not torch.equal(c, x)), x)
+
+
+class Probe:
+    """The trial runs. Layers report here (``see``) while the model runs under it.
+
+    names, leaves, spec, batched: the call's arguments, and which of them carry the batch (packed rows).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Run,
+        names: Sequence[str],
+        leaves: Sequence[Any],
+        spec: Any,
+        batched: Sequence[bool],
+    ) -> None:
+        self._model, self._forward, self._spec = model, forward, spec
+        self._names, self._leaves, self._batched = names, leaves, batched
+        self._buffers = {name: b.clone() for name, b in model.named_buffers()}
+        self._left: dict[str, Tensor] = {}  # buffers as the last run left them
+        self._picks = _Picks()
+        self._picker: str | None = None  # the first layer that runs on rows picked by what they hold
+        self._keep: Callable[[str, Tensor], Tensor] | None = None  # what is kept of each layer's input
+        self._seen: dict[str, list[list[Any]]] = {}
+        self._small_out: list[Any] = []
+        self._plain_out: list[Any] = []  # three examples as they are: output leaves, and inputs of layers
+        self._plain_seen: dict[str, list[list[Any]]] = {}
+        self._visit: Callable[[str, Run, Any], Any] | None = None  # another thing to do at each layer
+        self.laws: dict[str, Law] = {}
+        self.varying: set[str] = set()  # layers whose number of calls depends on the number of examples
+        self.changed = False  # whether there were two different inputs to compare
+
+    def see(self, name: str, forward: Run, args: Any) -> Any:
+        """Called by every layer in place of its forward; args is (args, kwargs)."""
+        if self._picks.seen and self._picker is None:
+            self._picker = name
+        if self._visit is not None:
+            return self._visit(name, forward, args)
+        if self._keep is not None:
+            kept = [self._keep(name, x.detach()).clone() if isinstance(x, Tensor) else None for x in tree_leaves(args)]
+            self._seen.setdefault(name, []).append(kept)
+        return forward(*args[0], **args[1])
+
+    def _call(self, inputs: Sequence[Any], keep: Callable[[str, Tensor], Tensor] | None) -> list[Any]:
+        """Output leaves of the model on these argument leaves, from the same buffers and random state every time."""
+        args, kwargs = tree_unflatten(list(inputs), self._spec)
+        self._seen, self._keep = {}, keep
+        self._restore()
+        torch.manual_seed(0)
+        try:
+            with NoDropout(), self._picks:
+                out = self._forward(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            if self._visit is not None:
+                raise
+            raise ValueError(
+                f"the model could not run on a few examples of its first batch ({type(error).__name__}: {error}): expand "
+                "inputs to one row per example, or name those that belong to all by clipper.units(..., shared=[...])"
+            ) from error
+        finally:
+            self._keep = None
+        self._left = {name: b.clone() for name, b in self._model.named_buffers() if b.is_floating_point()}
+        if is_dataclass(out) and not isinstance(out, type | dict):
+            out = [getattr(out, f.name) for f in fields(out)]
+        return tree_leaves(out)
+
+    def _restore(self) -> None:
+        for name, b in self._model.named_buffers():
+            if name in self._buffers and not torch.equal(b, self._buffers[name]):
+                b.copy_(self._buffers[name])
+
+    def run(
+        self, examples: int, changed: Sequence[int] = (), record: bool = False, strongly: Sequence[int] = (1, 2)
+    ) -> list[Any]:
+        """Output leaves for the first ``examples`` examples (repeated if there are fewer), some of them changed."""
+        inputs = []
+        for name, leaf, is_batched in zip(self._names, self._leaves, self._batched, strict=True):
+            if is_batched:
+                others = leaf.detach()
+                leaf = others[torch.arange(examples, device=leaf.device) % leaf.shape[0]]
+                for i in changed:
+                    other = change(name, leaf[i], others, strongly=i in strongly)
+                    self.changed = self.changed or not torch.equal(other, leaf[i])
+                    leaf[i] = other
+            inputs.append(leaf)
+        return self._call(inputs, (lambda _name, x: x) if record else None)
+
+    def find_laws(self, bare: set[str]) -> None:
+        """Fill ``laws``; comes before every other trial. bare: names of modules that use parameters of their own.
+
+        Raises ValueError where two calls of one layer disagree.
+        """
+        self._small_out = self.run(2, record=True)
+        small = self._seen
+        self._plain_out = self.run(3, record=True)
+        self._plain_seen = self._seen
+        for name, calls in self._plain_seen.items():
+            if len(small.get(name, [])) != len(calls):
+                self.varying.add(name)
+                continue
+            found = [find_law(s, t) for s, t in zip(small[name], calls, strict=True) if len(s) == len(t)]
+            kinds = {(law.dim, law.whole, len(law.sizes) if name in bare else None) for law in found}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"{name or 'the model'} is called on inputs of different layouts in one forward (with and without a batch "
+                    "dimension, or with other ranks): use two modules, or expand the input to the batch"
+                )
+            if found:
+                self.laws[name] = found[0]
+
+    def check_isolation(self) -> None:
+        """Raises ValueError if examples mix in the model, or if rows move between examples by what they hold."""
+        left = self._left
+        for changed in ((0,), (2,)):
+            out = self.run(3, changed=changed, record=True)
+            self._compare(self._seen, out, changed[0])
+            if any(not torch.equal(left[name], b) for name, b in self._left.items() if name in left):
+                raise ValueError(
+                    "the model writes what it sees into a buffer, which would be published without noise: do not"
+                )
+        self._check_additive()
+        self._check_whole_batch()
+        if self._picks.seen:
+            raise ValueError(
+                f"before {self._picker or 'its output'} the model picks rows by what they hold (a mask as index, nonzero), so "
+                "that whose they are differs from batch to batch: pick one row per example by its index, x[arange(B), index]"
+            )
+
+    def _compare(self, seen: dict[str, list[list[Any]]], out: list[Any], changed: int) -> None:
+        others = [i for i in range(3) if i != changed]
+        for name, calls in self._plain_seen.items():
+            law = self.laws.get(name)
+            new_calls = seen.get(name, [])
+            if law is not None and len(new_calls) != len(calls):
+                raise ValueError(
+                    f"how often {name or 'the model'} runs depends on what an example holds: run it always"
+                )
+            for old, new in zip(calls, new_calls, strict=False):
+                for x, y in zip(old, new, strict=False):
+                    if law is None or not isinstance(x, Tensor):
+                        continue
+                    dim = law.dim if law.dim is not None and law.dim < x.dim() and x.shape[law.dim] % 3 == 0 else None
+                    if not _rows_same(x, y, dim, others):
+                        raise ValueError(
+                            f"examples are not independent at the input of {name or 'the model'}: changing one example "
+                            "changed the rows of another (or dim 0 is not the batch). Remove what mixes examples, give "
+                            "batch-first inputs, or name the units by clipper.units(...)"
+                        )
+        for small, x, y in zip(self._small_out, self._plain_out, out, strict=True):
+            dim = growing_dim(small, x)
+            if dim is not None and not _rows_same(x, y, dim, others):
+                raise ValueError("examples are not independent: changing one changed the output of another")
+
+    def _check_additive(self) -> None:
+        """A loss that the model computes itself: changing two examples changes it by what changing each does."""
+        scalars = [i for i, x in enumerate(self._plain_out) if isinstance(x, Tensor) and x.dim() == 0]
+        scalars = [i for i in scalars if self._plain_out[i].is_floating_point()]
+        if not scalars:
+            return
+        first, last, both = (self.run(3, changed=c, strongly=(0, 2)) for c in ((0,), (2,), (0, 2)))
+        for i in scalars:
+            values = [float(run[i]) for run in (self._plain_out, first, last, both)]
+            if abs(values[0] + values[3] - values[1] - values[2]) > 1e-3 * max(abs(v) for v in values):
+                raise ValueError(
+                    "examples are not independent in the loss that the model returns (a mean over the batch's tokens, "
+                    "negatives from the batch): compute one loss per example from its logits, as fastclip.huggingface does"
+                )
+
+    def _check_whole_batch(self) -> None:
+        """Three examples have the same rows in the whole batch as alone."""
+        examples = next((x.shape[0] for x, b in zip(self._leaves, self._batched, strict=True) if b), 0)
+        if examples <= 3:
+            return
+
+        def first_three(name: str, x: Tensor) -> Tensor:
+            law = self.laws.get(name)
+            if law is None or law.dim is None or law.dim >= x.dim() or x.shape[law.dim] % examples:
+                return x[:0] if x.dim() else x
+            return x.narrow(law.dim, 0, 3 * (x.shape[law.dim] // examples))
+
+        self._call(self._leaves, first_three)
+        for name, calls in self._plain_seen.items():
+            for old, new in zip(calls, self._seen.get(name, []), strict=False):
+                for x, y in zip(old, new, strict=False):
+                    if isinstance(x, Tensor) and y.numel() and x.shape == y.shape and not same(x, y, _OTHER_SHAPE):
+                        raise ValueError(
+                            f"examples are not independent at the input of {name or 'the model'}: three examples have other "
+                            "rows in the whole batch than alone"
+                        )
+
+    def check_packed(self, units: PrivacyUnits, bare: dict[str, Targets], strict: bool) -> None:
+        """The same for a packed batch, whose rows cannot be fewer or more: one unit's rows change, no other's may.
+
+        bare: modules of bare parameters by name. Raises ValueError where rows mix, or where copies would not do.
+        """
+        assert units.row_offsets is not None
+        bounds, rows = units.row_offsets.tolist(), int(units.row_offsets[-1])
+        segments = [(i, j) for i, j in pairwise(bounds) if j > i]
+        self._plain_out = self._call(self._leaves, lambda _name, x: x)
+        self._plain_seen = self._seen
+        for k, (start, stop) in enumerate([segments[0], segments[len(segments) // 2], segments[-1]]):
+            inputs = [
+                self._change_rows(name, x, rows, start, stop, k > 0) if flag else x
+                for name, x, flag in zip(self._names, self._leaves, self._batched, strict=True)
+            ]
+            out = self._call(inputs, lambda _name, x: x)
+            keep = [*range(start), *range(stop, rows)]
+            pairs = [("its output", x, y) for x, y in zip(self._plain_out, out, strict=True)]
+            for name, calls in self._plain_seen.items():
+                for old, new in zip(calls, self._seen.get(name, []), strict=False):
+                    pairs += [(name or "the model", x, y) for x, y in zip(old, new, strict=False)]
+            for where, x, y in pairs:
+                x, y = (packed_rows(t, rows) if isinstance(t, Tensor) else None for t in (x, y))
+                if strict and x is not None and y is not None and not same(x[keep], y[keep], _SAME_SHAPE):
+                    raise ValueError(f"segments of the packed batch are not independent at {where}")
+        self.changed = self.changed and len(segments) > 1
+        for name in bare:
+            if name in self._plain_seen:
+                call = self._plain_seen[name][0]
+                first = next(i for i, x in enumerate(call) if x is not None)
+                batched = tuple(i == first for i in range(len(call)))
+                self.laws[name] = Law(0, True, batched, tuple(call[first].shape))
+        self._choose_packed(bare, rows)
+
+    def _change_rows(self, name: str, x: Tensor, rows: int, start: int, stop: int, strongly: bool) -> Tensor:
+        out = x.detach().clone()
+        flat = packed_rows(out, rows)
+        assert flat is not None
+        own = flat[start:stop].movedim(0, -1)
+        new = change(name, own, flat.movedim(0, -1)[None], strongly).movedim(-1, 0)
+        self.changed = self.changed or not torch.equal(new, flat[start:stop])
+        flat[start:stop] = new
+        return out
+
+    def _choose_packed(self, bare: dict[str, Targets], rows: int) -> None:
+        def visit(name: str, forward: Run, args: Any) -> Any:
+            if name in bare and self.laws[name].rank is None:
+                leaves, spec = tree_flatten(args)
+                flat = [packed_rows(x, rows) if b else x for x, b in zip(leaves, self.laws[name].batched, strict=True)]
+                law = choose(name, self.laws[name], bare[name], forward, tree_unflatten(flat, spec))
+                if law.rank is None:
+                    raise ValueError(f"{name or 'the model'}: its own parameters cannot be followed in a packed batch")
+                self.laws[name] = law
+            return forward(*args[0], **args[1])
+
+        with self._visiting(visit):
+            self._call(self._leaves, None)
+
+    @contextmanager
+    def _visiting(self, visit: Callable[[str, Run, Any], Any]) -> Iterator[None]:
+        self._visit = visit
+        try:
+            yield
+        finally:
+            self._visit = None
+
+    def choose_copies(self, bare: dict[str, Targets]) -> None:
+        """Decide how the modules of bare parameters are run. Raises ValueError for one where neither way is right."""
+        chosen: dict[str, Law] = {}
+
+        def visit(name: str, forward: Run, args: Any) -> Any:
+            if name in bare and name in self.laws and name not in chosen:
+                self._visit = lambda _name, inner, inner_args: inner(*inner_args[0], **inner_args[1])
+                chosen[name] = choose(name, self.laws[name], bare[name], forward, args)
+                self._visit = visit
+            return forward(*args[0], **args[1])
+
+        with self._visiting(visit):
+            self.run(3)
+        self.laws.update(chosen)
+
+    def check_spread(self, names: set[str]) -> None:
+        """Try layers whose input has no batch dimension with an output that has one. Raises ValueError if that differs.
+
+        The output of such a layer (learned positions, say) is repeated once an example, so that its gradient arrives per
+        example. That must leave the model's output as it was, and one example's copy must reach that example alone.
+        """
+
+        def spread(moved: Callable[[Tensor, Tensor], Tensor]) -> Callable[[str, Run, Any], Any]:
+            def visit(seen: str, forward: Run, args: Any) -> Any:
+                out = forward(*args[0], **args[1])
+                if seen not in names:
+                    return out
+                generator = torch.Generator().manual_seed(len(seen))
+                delta = torch.randn(out.shape, generator=generator).to(out) * (0.1 * out.abs().mean() + 0.01)
+                return moved(out, delta)
+
+            return visit
+
+        def one_copy(out: Tensor, delta: Tensor) -> Tensor:
+            copies = out.expand(3, *out.shape[1:]) if out.shape[0] == 1 else out.expand(3, *out.shape)
+            copies = copies.clone()
+            copies[0] += delta[0] if out.shape[0] == 1 else delta
+            return copies
+
+        results = []
+        for moved in (lambda out, delta: out + delta, one_copy):
+            try:
+                with self._visiting(spread(moved)):
+                    results.append(self.run(3))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(no_batch_dim(names)) from error
+        everywhere, here = results
+        for x, y, z in zip(self._plain_out, everywhere, here, strict=True):
+            if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != 3:
+                continue
+            if x.shape != z.shape or not same(x[1:], z[1:]) or not same(y[:1], z[:1]):
+                raise ValueError(no_batch_dim(names))
+
+
+def _rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int]) -> bool:
+    """Whether the rows of these of three examples are the same; without a batch dimension, whether all is."""
+    if not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    if dim is None:
+        return same(x, y, _SAME_SHAPE)
+    x, y = (t.movedim(dim, 0).unflatten(0, (3, -1))[list(examples)] for t in (x, y))
+    return same(x, y, _SAME_SHAPE)
+
+
+@contextmanager
+def trial(model: nn.Module, probe: Probe) -> Iterator[None]:
+    """No gradients inside; random state and buffers are as they were behind it."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        warnings.filterwarnings("ignore", message=".*use_reentrant.*")
+        try:
+            yield
+        finally:
+            probe._restore()
