@@ -1,0 +1,129 @@
+"""The noise stream: from a key to words to standard normals, the same in every implementation.
+
+Words. ChaCha20's block function (RFC 8439, section 2.3) with state words 4-11 = the 256-bit key, words 12-13 = a 64-bit
+block number and words 14-15 = a 64-bit nonce, low halves first. Below block 2^32 this is RFC 8439's own layout; above,
+the block number's high half stands in the first word of RFC 8439's nonce, so that its 32-bit counter never wraps.
+
+    nonce = step + 2^48 * purpose + 2^63 * seeded        step < 2^48, purpose < 2^15, seeded 0 or 1
+
+A block's 64 bytes are 8 little-endian 64-bit words. Element i of the flat parameter vector belongs to block i // 8, and
+there to pair j = (i % 8) // 2, which owns the words w = word[2 j] (radius) and a = word[2 j + 1] (angle).
+
+Normals. Box-Muller (Box and Muller, Ann. Math. Stat. 29, 1958) in fp64, with s = a read as two's complement:
+
+    u = 1 - w 2^-64 in (0, 1]        theta = 2 pi s 2^-64 in [-pi, pi)        r = sqrt(-2 ln u)
+    element i = r cos(theta) if i is even, r sin(theta) if i is odd
+
+r reaches 9.42. `normals` says how the logarithm stays accurate at both ends of u.
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
+
+BLOCK_ELEMENTS = 8
+MAX_STEP = 2**48 - 1
+MAX_BLOCKS = 2**64
+_BLOCK_BYTES = 64
+_COUNTER_RANGE = 2**32
+_MAX_RUN = 2**12
+_ZEROS = memoryview(bytes(_MAX_RUN * _BLOCK_BYTES))
+
+
+def nonce(step: int, purpose: int, seeded: bool) -> bytes:
+    """The 8 bytes that keep steps, purposes and seeded sources apart under one key; ValueError if a field overflows."""
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step must be in [0, 2^48), got {step}; take a new key and start again from step 0")
+    if not 0 <= purpose < 2**15:
+        raise ValueError(f"purpose must be in [0, 2^15), got {purpose}; use a member of Purpose")
+    return (step | purpose << 48 | seeded << 63).to_bytes(8, "little")
+
+
+class Key:
+    """A 256-bit ChaCha20 key that gives out its keystream and nothing else.
+
+    Guarantees: the bytes are in no repr (tracebacks that print local variables show `Key(hidden)`), and a key can be
+    neither copied nor pickled (TypeError), because two holders of a key would draw the same noise.
+    Edge case: Python cannot erase memory, so the bytes stay in the process until it ends.
+    """
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != 32:
+            raise ValueError(f"secret must be 32 bytes, got {len(secret)}; use os.urandom(32)")
+        self._secret = secret
+
+    def __repr__(self) -> str:
+        return "Key(hidden)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a noise key cannot be copied or pickled; make a new one")
+
+    @classmethod
+    def from_seed(cls, seed: int) -> "Key":
+        """The key of a seed: reproducible, and as guessable as the seed is."""
+        return cls(hashlib.sha256(b"fastclip noise, seeded, not private: %d" % seed).digest())
+
+    def derive(self, context: int) -> "Key":
+        """Another key, which does not tell this one: SHA-256 of this key and `context`."""
+        return Key(hashlib.sha256(b"fastclip noise, next key: " + self._secret + b"%d" % context).digest())
+
+    def words(self, nonce: bytes, block: int, out: NDArray[np.int64]) -> None:
+        """Fills `out`, int64 `[count, 8]` and contiguous, with the words of blocks `block` to `block + count - 1`.
+
+        A word's 64 bits are stored as two's complement. ValueError if a block number does not fit 64 bits.
+        """
+        count = len(out)
+        if block < 0 or block + count > MAX_BLOCKS:
+            raise ValueError(f"block must be in [0, 2^64 - {count}], got {block}; lower the offset")
+        # Some cipher libraries refuse to let their 32-bit counter wrap, others carry: no call goes across that.
+        done = 0
+        while done < count:
+            run = min(count - done, _COUNTER_RANGE - (block + done) % _COUNTER_RANGE, _MAX_RUN)
+            start = (block + done).to_bytes(8, "little") + nonce
+            cipher = Cipher(algorithms.ChaCha20(self._secret, start), mode=None).encryptor()
+            cipher.update_into(_ZEROS[: run * _BLOCK_BYTES], out[done : done + run].view(np.uint8).reshape(-1).data)
+            done += run
+        if sys.byteorder == "big":
+            out.byteswap(inplace=True)
+
+
+def normals(words: NDArray[np.int64], out: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
+    """Turns words into standard normals, int64 `[blocks, 8]` to float64 of the same shape, element by element as above.
+
+    `scratch` is float64 `[4, blocks * 4]`. Rows are contiguous and nothing shares memory.
+
+    -ln u = log1p((1 - u) / u), whose argument is formed without cancellation: u and 1 - u are each taken from the word
+    itself, so that both are good to a relative 2^-53, and log1p keeps that. So r is good to a relative 2^-50 from
+    2^-31.5 (w = 1) to 9.42 (w = 2^64 - 1), and exactly 0 at w = 0. The direction comes from the half angle,
+    cos = 2 / (1 + t^2) - 1 and sin = 2 t / (1 + t^2) with t = tan(theta / 2), good to an absolute 2^-50.
+
+    Every element depends on its own two words only. For bits that do not depend on its place in the array either, call
+    it with a multiple of 8 blocks: then vectorised loops of up to 32 lanes have no remainder.
+    """
+    pairs, z = words.reshape(-1, 2), out.reshape(-1, 2)
+    a, b, c, d = scratch
+    # Read as a signed number, a word below 2^63 is 2^64 (1 - u), and any other is -2^64 u.
+    signed = np.multiply(pairs[:, 0], 2.0**-64, out=a)
+    upper = np.floor(signed, out=b)
+    complement = np.subtract(signed, upper, out=c)
+    upper += 1.0
+    u = np.subtract(upper, signed, out=d)
+    complement /= u
+    r = np.log1p(complement, out=a)
+    r *= 2.0
+    np.sqrt(r, out=r)
+
+    half = np.multiply(pairs[:, 1], np.pi * 2.0**-64, out=b)
+    t = np.tan(half, out=c)
+    square = np.multiply(t, t, out=b)
+    square += 1.0
+    cos = np.divide(2.0, square, out=d)
+    t *= cos
+    cos -= 1.0
+    np.multiply(r, cos, out=z[:, 0])
+    np.multiply(r, t, out=z[:, 1])
