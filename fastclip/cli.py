@@ -1,0 +1,226 @@
+"""The fastclip command.
+
+Every subcommand takes --json, prints one JSON object to standard output then, and exits with 2 and one line on
+standard error when an argument or a file is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fastclip.accounting import get_epsilon, get_noise_multiplier
+
+if TYPE_CHECKING:
+    from fastclip.finetune import Recipe
+
+# Typer's own tracebacks print local variables, which may be training data.
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Differentially private fine-tuning of language models.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Delta = Annotated[float, typer.Option(help="Delta of the guarantee.")]
+SampleRate = Annotated[float, typer.Option(help="Probability with which a unit enters a draw.")]
+Steps = Annotated[int, typer.Option(help="Optimizer steps, each one release.")]
+Accountant = Annotated[str, typer.Option(help="pld, rdp, prv, gdp or edgeworth.")]
+PerUser = Annotated[
+    int | None,
+    typer.Option(help="User-level figures under example-level sampling, for at most so many examples a user."),
+]
+Preset = Annotated[
+    str | None, typer.Option(help="movies (the default) or mail; without --preset, --model and --data are your own.")
+]
+Model = Annotated[
+    str | None, typer.Option(help="A folder written by save_pretrained, or a name on the Hugging Face hub.")
+]
+Data = Annotated[
+    str | None, typer.Option(help="A .jsonl, .csv or .parquet file; with --preset, a local copy of its data.")
+]
+TextColumn = Annotated[str, typer.Option(help="Column with the texts.")]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column with the classes; without it a causal language model is trained.")
+]
+UserColumn = Annotated[
+    str | None, typer.Option(help="Column with whom a text belongs to; with it the guarantee is for users.")
+]
+
+
+def main() -> None:
+    """Entry point of the `fastclip` script."""
+    app()
+
+
+@app.command()
+def account(
+    noise_multiplier: Annotated[
+        float, typer.Option(help="Sigma: the noise's standard deviation over the clipping norm.")
+    ],
+    sample_rate: SampleRate,
+    steps: Steps,
+    delta: Delta,
+    accountant: Accountant = "pld",
+    examples_per_user: PerUser = None,
+    as_json: Json = False,
+) -> None:
+    """The epsilon that a run spends."""
+    with complaints():
+        epsilon = get_epsilon(noise_multiplier, sample_rate, steps, delta, accountant, examples_per_user)
+    settings = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "steps": steps, "delta": delta}
+    answer(
+        as_json,
+        {"epsilon": epsilon, **settings, "accountant": accountant, "examples_per_user": examples_per_user},
+        f"epsilon {epsilon:.4f}",
+    )
+
+
+@app.command()
+def calibrate(
+    epsilon: Annotated[float, typer.Option(help="Epsilon that the run may spend.")],
+    delta: Delta,
+    sample_rate: SampleRate,
+    steps: Steps,
+    accountant: Accountant = "pld",
+    examples_per_user: PerUser = None,
+    as_json: Json = False,
+) -> None:
+    """The noise multiplier that keeps a run within an epsilon."""
+    with complaints():
+        sigma = get_noise_multiplier(epsilon, delta, sample_rate, steps, accountant, examples_per_user)
+    settings = {"epsilon": epsilon, "delta": delta, "sample_rate": sample_rate, "steps": steps}
+    answer(
+        as_json,
+        {"noise_multiplier": sigma, **settings, "accountant": accountant, "examples_per_user": examples_per_user},
+        f"noise multiplier {sigma:.4f}",
+    )
+
+
+@app.command()
+def finetune(
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = None,
+    user_column: UserColumn = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Epsilon to spend.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Delta of the guarantee.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Expected units (examples or users) of a draw.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Norm to which each unit's gradient is clipped.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Make the run reproducible. This VOIDS its epsilon.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-TIME by default.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run once more without privacy and show both.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model with differential privacy. Without arguments: a sentence encoder on movie reviews."""
+    changes = {
+        "steps": steps,
+        "epsilon": epsilon,
+        "delta": delta,
+        "batch_size": batch_size,
+        "max_grad_norm": max_grad_norm,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    with complaints():
+        from fastclip.finetune import Display, Interrupted, quiet, resume_run, start_run
+
+        quiet()
+        console = Console(stderr=as_json, quiet=as_json)
+        display = Display(console)
+        try:
+            if resume is not None:
+                refuse_with_resume(preset, model, data, output, label_column, user_column, given)
+                result = resume_run(resume, display, compare=compare)
+            else:
+                recipe = replace(chosen(preset, model, data, text_column, label_column, user_column), **given)
+                result = start_run(recipe, output, display, compare=compare)
+        except Interrupted as stopped:
+            answer(as_json, {"interrupted": True, "run": str(stopped.folder), "steps": stopped.steps}, str(stopped))
+            raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def check(
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = None,
+    user_column: UserColumn = None,
+    as_json: Json = False,
+) -> None:
+    """Whether a model can be trained privately on this data: every parameter followed, no unit influencing another.
+
+    Nothing is trained. What it prints depends on a few training texts: do not publish it.
+    """
+    with complaints():
+        from fastclip.finetune import check_task, quiet
+
+        quiet()
+        found = check_task(chosen(preset, model, data, text_column, label_column, user_column))
+    lines = [
+        f"{found['trained']:,} of {found['parameters']:,} parameters are trained, each clipped per {found['unit']}."
+    ]
+    lines.append(f"{found['checked']} units checked: alone and in a batch their gradients are the same.")
+    answer(as_json, found, "\n".join(lines))
+
+
+def chosen(
+    preset: str | None, model: str | None, data: str | None, text: str, label: str | None, user: str | None
+) -> Recipe:
+    """The recipe that the options name. ValueError for a combination that means nothing."""
+    from fastclip.finetune import presets
+
+    if preset is not None or (model is None and data is None):
+        name = preset or "movies"
+        if name not in presets.PRESETS:
+            raise ValueError(f"preset {name!r} does not exist: choose one of {', '.join(presets.PRESETS)}")
+        if label is not None or user is not None:
+            raise ValueError(
+                "--label-column and --user-column are for your own data: give --model and --data, and no --preset"
+            )
+        return replace(presets.PRESETS[name], model=model, data=data)
+    if model is None or data is None:
+        missing = "--model" if model is None else "--data"
+        raise ValueError(f"{missing} is missing: give both --model and --data, or a --preset")
+    return presets.own(model, data, text, label, user)
+
+
+def refuse_with_resume(*options: Any) -> None:
+    """A resumed run keeps its settings. ValueError if one was given."""
+    if any(options):
+        raise ValueError(
+            "--resume goes on with the settings of the interrupted run: give only --compare and --json beside it"
+        )
+
+
+def answer(as_json: bool, values: dict[str, Any], text: str) -> None:
+    print(json.dumps(values) if as_json else text)
+
+
+@contextmanager
+def complaints() -> Iterator[None]:
+    """Turns a ValueError into one line on standard error and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"fastclip: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error

@@ -1,0 +1,20 @@
+"""The commands that train: real models on real text, with a guarantee in the report."""
+
+from fastclip.finetune.models import MeanPooledClassifier, quiet
+from fastclip.finetune.presets import MAIL, MOVIES, PRESETS, Recipe
+from fastclip.finetune.run import Interrupted, check_task, resume_run, start_run
+from fastclip.finetune.terminal import Display
+
+__all__ = [
+    "MAIL",
+    "MOVIES",
+    "PRESETS",
+    "Display",
+    "Interrupted",
+    "MeanPooledClassifier",
+    "Recipe",
+    "check_task",
+    "quiet",
+    "resume_run",
+    "start_run",
+]

@@ -1,0 +1,114 @@
+"""Losses with one value per example, for models with the interface of Hugging Face transformers.
+
+A loss that transformers computes from `labels` is a mean over all tokens of the batch: every example's weight then
+depends on its neighbours' lengths, and no clipping makes that private. The functions here never divide by anything
+that another example decides. Each takes `(model, batch)`, so that it can be given to `fastclip.check_units` as it is,
+and returns `[B]`.
+
+They do not modify the batch, hold no state, and run on any device and dtype; the cross-entropy is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Reduction = Literal["mean", "sum"]
+LossFn = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+def causal_lm_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], *, ignore_index: int = -100, reduction: Reduction = "mean"
+) -> Tensor:
+    """Next-token cross-entropy of each example, fp32 `[B]`, in nats.
+
+    `batch` goes to the model without its `labels`. `labels` (int `[B, T]`, position t holds the token *at* t, as in
+    transformers) default to `input_ids` where `attention_mask` is not 0. Positions that are `ignore_index` count for
+    nothing. `reduction="mean"` divides by the example's own number of predicted tokens, `"sum"` does not; an example
+    with nothing to predict has loss 0 and gradient 0. ValueError on labels of another shape than the logits.
+    """
+    labels = batch.get("labels")
+    if labels is None:
+        labels = _labels_from_inputs(batch, ignore_index)
+    logits = _logits(model, batch)
+    # The labels move instead of the logits: a slice of [B, T, V] would be copied.
+    following = torch.full_like(labels, ignore_index)
+    following[:, :-1] = labels[:, 1:]
+    return _token_losses(logits, following, ignore_index, reduction)
+
+
+def masked_lm_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], *, ignore_index: int = -100, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cross-entropy of each example's masked tokens, fp32 `[B]`, in nats.
+
+    `batch["labels"]` (int `[B, T]`) holds the original token at masked positions and `ignore_index` elsewhere. Draw
+    every example's mask from its own length alone: a fixed number of masks per batch would tie examples together.
+    Reduction and errors as in `causal_lm_losses`; ValueError without labels.
+    """
+    return _token_losses(_logits(model, batch), _required_labels(batch), ignore_index, reduction)
+
+
+def classification_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Loss of each example of a sequence classifier, fp32 `[B]`.
+
+    `batch["labels"]`: int `[B]` gives cross-entropy over the logits `[B, K]`; float `[B]` with one logit gives the
+    squared error; float `[B, K]` gives the mean over the K binary cross-entropies. ValueError on any other
+    combination.
+    """
+    labels = _required_labels(batch)
+    logits = _logits(model, batch).float()
+    if labels.is_floating_point():
+        if labels.shape == logits.shape and logits.ndim == 2 and logits.shape[1] > 1:
+            return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1)
+        if labels.numel() == len(logits) == logits.numel():
+            return (logits.flatten() - labels.flatten().float()).square()
+    elif labels.ndim == 1 and logits.ndim == 2 and len(labels) == len(logits):
+        return F.cross_entropy(logits, labels, reduction="none")
+    raise ValueError(
+        f"labels {labels.dtype} {list(labels.shape)} do not fit logits {list(logits.shape)}: "
+        "give int [B] for classes, float [B] for one output, or float [B, K] for K yes-or-no outputs"
+    )
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    logits = output.logits if hasattr(output, "logits") else output
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__} without logits: "
+            "give a model with a language-model or classification head"
+        )
+    return logits
+
+
+def _required_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    if "labels" not in batch:
+        raise ValueError(f"batch has no labels (it has {sorted(batch)}): add them under the name 'labels'")
+    return batch["labels"]
+
+
+def _labels_from_inputs(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:
+    if "input_ids" not in batch:
+        raise ValueError(f"batch has neither labels nor input_ids (it has {sorted(batch)}): give one of them")
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, ignore_index)
+
+
+def _token_losses(logits: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}: give 'mean' (over the example's own tokens) or 'sum'")
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"labels {list(targets.shape)} do not fit logits {list(logits.shape)}: give int [B, T], one per token"
+        )
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="none")
+    sums = flat.view(targets.shape).sum(1)
+    if reduction == "sum":
+        return sums
+    return sums / (targets != ignore_index).sum(1).clamp(min=1)
