@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DATA := .data
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 INSTALL := $(PIP) install -q -c requirements/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -37,7 +38,7 @@ $(STAMPS)/base: requirements/constraints.txt
 	$(PIP) install -q torch==2.13.0
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/finetune $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/base pyproject.toml setup.py
+$(STAMPS)/finetune $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/base pyproject.toml setup.py $(SOURCES)
 	$(INSTALL) --no-build-isolation -e ".[$*]" torch==2.13.0
 	touch $@
 
@@ -57,4 +58,4 @@ $(DATA)/mail.stamp: $(STAMPS)/base
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DATA) build *.egg-info
+	rm -rf $(VENV) $(DATA) build *.egg-info fastclip/*.so

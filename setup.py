@@ -1,6 +1,43 @@
-"""Package layout. Metadata stands in pyproject.toml."""
+"""Package layout and the compiled kernels. Metadata stands in pyproject.toml."""
+
+import os
+from glob import glob
 
 from setuptools import setup
+
+os.environ.setdefault("MAX_JOBS", "2")
+
+
+def compiled() -> dict:
+    """fastclip._C where torch and a compiler are at hand; the package works without it, in plain torch and numpy."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError:
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # compilers and build tools raise what they like
+                self.extensions.clear()
+                print(f"fastclip: compiled kernels left out, the package runs without them: {error}")
+
+    extension = CppExtension(
+        "fastclip._C",
+        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        py_limited_api=True,
+        extra_compile_args=[
+            "-O3",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            # The same bits on every instruction set, and sqrt as one instruction.
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-Wno-psabi",
+        ],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
 
 # kernels/ is imported as fastclip.kernels: a top-level package of that name would shadow Hugging Face's own.
 setup(
@@ -13,4 +50,6 @@ setup(
     ],
     package_dir={"fastclip": "fastclip", "fastclip.kernels": "kernels"},
     package_data={"fastclip": ["py.typed"]},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    **compiled(),
 )

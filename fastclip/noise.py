@@ -9,22 +9,14 @@ import enum
 import math
 import operator
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastclip.random import BLOCK_ELEMENTS, MAX_BLOCKS, Key, nonce, normals
+from fastclip import ops
+from fastclip.random import BLOCK_ELEMENTS, MAX_BLOCKS, Key, nonce
 
-# In elements: words, normals and temporaries fit a 1 MiB cache, and torch's own threads stay out of pieces this small.
-_CHUNK = 2**15
-# Starting a thread takes about as long as a chunk.
-_CHUNKS_PER_THREAD = 4
-# The smallest range drawn, in elements, and the alignment of every draw: see `normals`.
-_TILE = 8 * BLOCK_ELEMENTS
 # Counts the forks between this process and the one that imported this module.
 _forks = 0
 
@@ -57,8 +49,9 @@ class NoiseSource:
     - The key is in no repr, pickle, state dict or message.
     - The normal of global element i depends on (key, step, purpose, i) alone: not on how calls split the vector, on
       layout, threads or device.
-    - `out = round(grad_sum + std * z)`: z, product and sum in fp64, rounded once to fp32, bf16 or fp16. Adding numbers
-      already rounded to the result's precision shows bits of the clean sum (Mironov, CCS 2012; Jin et al., S&P 2022).
+    - `out = round((grad_sum + std * z) * scale)`: z, products and sum in fp64, rounded once to fp32, bf16 or fp16. Adding
+      numbers already rounded to the result's precision shows bits of the clean sum (Mironov, CCS 2012; Jin et al., S&P
+      2022).
 
     What is not guaranteed: fp64 is still a grid. Where a result comes out below about 2^-29 of `grad_sum` and of `std`
     (about one element in 10^9), its last bits are finer than the noise's. Only a discrete Gaussian has a proof.
@@ -126,15 +119,17 @@ class NoiseSource:
         *,
         offset: int,
         out: Tensor | None = None,
+        scale: float = 1.0,
         purpose: Purpose = Purpose.GRADIENT,
     ) -> Tensor:
-        """Writes `round(grad_sum + std * z)` into `out` and returns it.
+        """Writes `round((grad_sum + std * z) * scale)` into `out` and returns it.
 
         Args:
             grad_sum: any shape and layout, fp32 or fp64; not changed if `out` is given.
             std: the noise's standard deviation, in the unit of `grad_sum`; finite, at least 0.
             offset: global index of the first element; element i in row-major order of the shape is `offset + i`.
             out: same shape, fp32, bf16 or fp16; may share memory with `grad_sum`. Default: `grad_sum` itself.
+            scale: a public factor, finite: one over the expected batch size.
             purpose: which stream to draw from.
 
         Raises:
@@ -146,8 +141,8 @@ class NoiseSource:
         memory) has spent its numbers. CUDA tensors go through the host, with a sync.
         """
         out = grad_sum if out is None else out
-        std, purpose = float(std), Purpose(purpose)
-        _check(grad_sum, std, offset, out)
+        std, scale, purpose = float(std), float(scale), Purpose(purpose)
+        _check(grad_sum, std, scale, offset, out)
         self._leave_parent()
         start, stop = offset, offset + grad_sum.numel()
         if start == stop:
@@ -158,34 +153,9 @@ class NoiseSource:
         noisy = out.detach().view(-1) if in_place else torch.empty(clean.shape, dtype=out.dtype)
         if _overlap(clean, noisy):
             clean = clean.clone()
-        values = clean.numpy()
-        here = nonce(self._step, purpose, self._seeded)
-        key = self._key
+        here, key = nonce(self._step, purpose, self._seeded), self._key
         self._reserve(purpose, start, stop)
-
-        def fill(firsts: list[int]) -> None:
-            words = np.empty((_CHUNK // BLOCK_ELEMENTS, BLOCK_ELEMENTS), dtype=np.int64)
-            z = np.empty(words.shape)
-            scratch = np.empty((4, _CHUNK // 2))
-            for first in firsts:
-                last = min(first + _CHUNK - first % _CHUNK, stop)
-                aligned = first - first % _TILE
-                blocks = -(-(last - aligned) // _TILE) * _TILE // BLOCK_ELEMENTS
-                key.words(here, aligned // BLOCK_ELEMENTS, words[:blocks])
-                normals(words[:blocks], z[:blocks], scratch[:, : blocks * BLOCK_ELEMENTS // 2])
-                noise = z.reshape(-1)[first - aligned : last - aligned]
-                noise *= std
-                noise += values[first - start : last - start]
-                _round_into(noise, noisy[first - start : last - start])
-
-        firsts = [start, *range(start - start % _CHUNK + _CHUNK, stop, _CHUNK)]
-        threads = min(torch.get_num_threads(), len(firsts) // _CHUNKS_PER_THREAD)
-        if threads <= 1:
-            fill(firsts)
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                # The list waits for all threads and raises what one of them raised.
-                list(pool.map(fill, [firsts[i::threads] for i in range(threads)]))
+        ops.add_noise(clean, noisy, std, key, here, start, scale)
         if not in_place:
             out.detach().copy_(noisy.view(out.shape))
         return out
@@ -230,7 +200,7 @@ def _new_source(seeded: bool, step: int) -> NoiseSource:
     return source
 
 
-def _check(grad_sum: Tensor, std: float, offset: int, out: Tensor) -> None:
+def _check(grad_sum: Tensor, std: float, scale: float, offset: int, out: Tensor) -> None:
     if grad_sum.dtype not in (torch.float32, torch.float64) or grad_sum.layout != torch.strided:
         raise ValueError(
             f"grad_sum must be dense fp32 or fp64, got {grad_sum.dtype}, {grad_sum.layout}; accumulate in fp32"
@@ -248,6 +218,8 @@ def _check(grad_sum: Tensor, std: float, offset: int, out: Tensor) -> None:
         raise ValueError(f"out must not be expanded, got strides {out.stride()}; pass a tensor with memory of its own")
     if not (math.isfinite(std) and std >= 0):
         raise ValueError(f"std must be finite and at least 0, got {std}; it is noise_multiplier * max_grad_norm")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; it is 1 / expected_batch_size")
     if not isinstance(offset, int) or offset < 0 or offset + grad_sum.numel() > MAX_BLOCKS * BLOCK_ELEMENTS:
         raise ValueError(
             f"offset must be an integer in [0, 2^67 - numel], got {offset!r}; count the elements of all earlier tensors"
@@ -261,21 +233,3 @@ def _overlap(source: Tensor, target: Tensor) -> bool:
     return (
         source.data_ptr() < target.data_ptr() + target.nbytes and target.data_ptr() < source.data_ptr() + source.nbytes
     )
-
-
-def _round_into(values: NDArray[np.float64], out: Tensor) -> None:
-    """Rounds fp64 `[n]` to nearest, ties to even, in `out`'s dtype.
-
-    torch converts fp64 to 16 bits by way of fp32, which rounds twice. Where the first rounding is to odd (towards zero,
-    then the last bit set if anything was lost), the second one is right (Boldo and Melquiond, IEEE Trans. Comp. 2008).
-    """
-    exact = torch.from_numpy(values)
-    if out.dtype == torch.float32:
-        out.copy_(exact)
-        return
-    single = exact.float().numpy()
-    nearest = single.astype(np.float64)
-    bits = single.view(np.int32)
-    bits -= np.abs(nearest) > np.abs(values)
-    bits |= nearest != values
-    out.copy_(torch.from_numpy(single))

@@ -6,6 +6,7 @@ A backend that is asked for by name and cannot run raises. Shapes and meanings s
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastclip import reference
+from fastclip import random, reference
 
 Backend = Literal["triton", "cpp", "torch"]
 
@@ -30,6 +31,7 @@ _SCHEMAS = {
     " -> ()",
     "clipped_sum": "(Tensor grads, Tensor factors, Tensor(a!) out) -> ()",
 }
+_NOISE = "(Tensor grad_sum, Tensor(a!) out, float std, float scale, Tensor key, int nonce, int block, int skip) -> ()"
 
 
 def _register() -> None:
@@ -55,9 +57,25 @@ def _register() -> None:
         torch.library.impl(f"fastclip::{name}", "default", without_result(function) if mutates else function)
         fake = nothing_fake if mutates else segment_sum_fake if name == "segment_sum" else norms_fake
         torch.library.register_fake(f"fastclip::{name}", fake)
+    # No default in Python: frames between the dispatcher and the function would hold the key.
+    torch.library.define("fastclip::add_noise", _NOISE)
+    torch.library.register_fake("fastclip::add_noise", nothing_fake)
+    # What the compiled kernels make of given words, int64 [n, 8] to fp64 [n, 8]: fastclip.random.normals.
+    torch.library.define("fastclip::box_muller", "(Tensor words) -> Tensor")
+    torch.library.register_fake("fastclip::box_muller", lambda words: words.new_empty(words.shape, dtype=torch.float64))
+
+
+def _load() -> str | None:
+    """Loads the compiled kernels; why not, if not."""
+    try:
+        importlib.import_module("fastclip._C")
+    except ImportError as error:
+        return f"not built ({error}); reinstall with a C++20 compiler and --no-build-isolation"
+    return None
 
 
 _register()
+_cpp_missing = _load()
 _ops = torch.ops.fastclip
 
 
@@ -65,16 +83,20 @@ def backends() -> dict[str, dict[str, str]]:
     """What is compiled, what is used, and why: ``{"torch": {"state": ..., "why": ...}, ...}``."""
     return {
         "triton": {"state": "absent", "why": "no Triton kernels in this version: CUDA tensors run in plain torch"},
-        "cpp": {"state": "absent", "why": "no C++ kernels in this version: CPU tensors run in plain torch"},
-        "torch": {"state": "used", "why": "plain torch, every device"},
+        "cpp": {"state": "absent", "why": _cpp_missing}
+        if _cpp_missing
+        else {"state": "used", "why": "compiled: add_noise on CPU; the other ops run in plain torch"},
+        "torch": {"state": "used", "why": "plain torch and numpy, every device"},
     }
 
 
 def _check_backend(backend: Backend | None) -> None:
+    if backend is None:
+        return
     known = backends()
-    if backend is not None and backend not in known:
+    if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
-    if backend is not None and known[backend]["state"] == "absent":
+    if known[backend]["state"] == "absent":
         raise RuntimeError(f"backend={backend!r} cannot run: {known[backend]['why']}")
 
 
@@ -215,3 +237,34 @@ def clipped_sum(grads: Tensor, factors: Tensor, out: Tensor, *, backend: Backend
         raise ValueError(f"out must have shape {list(grads.shape[1:])}, got {list(out.shape)}")
     _ops.clipped_sum(grads, factors, out)
     return out
+
+
+def add_noise(
+    grad_sum: Tensor,
+    out: Tensor,
+    std: float,
+    key: random.Key,
+    nonce: int,
+    offset: int,
+    scale: float = 1.0,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``out = round((grad_sum + std * z) * scale)``, returned: :func:`fastclip.random.add_noise`.
+
+    grad_sum: ``[n]`` fp32 or fp64, out: ``[n]`` fp32, bf16 or fp16, contiguous, on CPU; nonce: of
+    :func:`fastclip.random.nonce`; offset: element of the stream that z starts at. Whoever calls this answers for drawing
+    each element once (:class:`fastclip.noise.NoiseSource` does). Raises RuntimeError if ``backend`` cannot run.
+    """
+    _check_backend(backend)
+    if backend == "cpp" or (backend is None and _cpp_missing is None):
+        block, skip = divmod(offset, random.BLOCK_ELEMENTS)
+        _ops.add_noise(grad_sum, out, std, scale, key.tensor(), _signed(nonce), _signed(block), skip)
+    else:
+        random.add_noise(grad_sum, out, std, scale, key, nonce, offset)
+    return out
+
+
+def _signed(word: int) -> int:
+    """The two's complement number with these 64 bits: schemas know no other."""
+    return word - 2**64 if word >= 2**63 else word

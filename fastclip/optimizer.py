@@ -207,6 +207,7 @@ class DPOptimizer(Optimizer):
 
     def _add_noise(self) -> None:
         std, offset, sums = self.noise_std, 0, self.clipper.sums
+        scale = 1 / self.expected_batch_size if self.clipper.loss_reduction == "mean" else 1.0
         noisy: list[tuple[nn.Parameter, Tensor]] = []
         for p in self._parameters():
             if p.requires_grad:
@@ -215,12 +216,11 @@ class DPOptimizer(Optimizer):
                     total = torch.zeros_like(p, dtype=torch.float32 if p.itemsize < 4 else p.dtype)
                 # An fp64 sum is rounded to fp32 too: only rounding hides the grid that fp64 noise lies on.
                 out = total if total.dtype == torch.float32 else torch.empty_like(total, dtype=torch.float32)
-                noisy.append((p, self.noise.add_(total, std, offset=offset, out=out).to(total.dtype)))
+                self.noise.add_(total, std, offset=offset, out=out, scale=scale)
+                noisy.append((p, out.to(total.dtype)))
             else:
                 p.grad = None
             offset += p.numel()
-        if self.clipper.loss_reduction == "mean" and noisy:
-            torch._foreach_div_([total for _, total in noisy], self.expected_batch_size)
         for p, total in noisy:
             sums.write(p, total, released=True)
 

@@ -14,15 +14,19 @@ Normals. Box-Muller (Box and Muller, Ann. Math. Stat. 29, 1958) in fp64, with s 
     u = 1 - w 2^-64 in (0, 1]        theta = 2 pi s 2^-64 in [-pi, pi)        r = sqrt(-2 ln u)
     element i = r cos(theta) if i is even, r sin(theta) if i is odd
 
-r reaches 9.42. `normals` says how the logarithm stays accurate at both ends of u.
+r reaches 9.42. `normals` says how the logarithm stays accurate at both ends of u. This file computes the stream in numpy,
+csrc/random in C++: the same words, and normals that differ in the last bits of fp64 only.
 """
 
 import hashlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
+from torch import Tensor
 
 BLOCK_ELEMENTS = 8
 MAX_STEP = 2**48 - 1
@@ -31,15 +35,21 @@ _BLOCK_BYTES = 64
 _COUNTER_RANGE = 2**32
 _MAX_RUN = 2**12
 _ZEROS = memoryview(bytes(_MAX_RUN * _BLOCK_BYTES))
+# In elements: words, normals and temporaries fit a 1 MiB cache, and torch's own threads stay out of pieces this small.
+CHUNK = 2**15
+# Starting a thread takes about as long as a chunk.
+_CHUNKS_PER_THREAD = 4
+# The smallest range drawn, in elements, and the alignment of every draw: see `normals`.
+_TILE = 8 * BLOCK_ELEMENTS
 
 
-def nonce(step: int, purpose: int, seeded: bool) -> bytes:
-    """The 8 bytes that keep steps, purposes and seeded sources apart under one key; ValueError if a field overflows."""
+def nonce(step: int, purpose: int, seeded: bool) -> int:
+    """The 64 bits that keep steps, purposes and seeded sources apart under one key; ValueError if a field overflows."""
     if not 0 <= step <= MAX_STEP:
         raise ValueError(f"step must be in [0, 2^48), got {step}; take a new key and start again from step 0")
     if not 0 <= purpose < 2**15:
         raise ValueError(f"purpose must be in [0, 2^15), got {purpose}; use a member of Purpose")
-    return (step | purpose << 48 | seeded << 63).to_bytes(8, "little")
+    return step | purpose << 48 | seeded << 63
 
 
 class Key:
@@ -72,7 +82,11 @@ class Key:
         """Another key, which does not tell this one: SHA-256 of this key and `context`."""
         return Key(hashlib.sha256(b"fastclip noise, next key: " + self._secret + b"%d" % context).digest())
 
-    def words(self, nonce: bytes, block: int, out: NDArray[np.int64]) -> None:
+    def tensor(self) -> Tensor:
+        """uint8 ``[32]``, for a kernel: pass it on where it is made, so that no frame's variables hold it."""
+        return torch.frombuffer(bytearray(self._secret), dtype=torch.uint8)
+
+    def words(self, nonce: int, block: int, out: NDArray[np.int64]) -> None:
         """Fills `out`, int64 `[count, 8]` and contiguous, with the words of blocks `block` to `block + count - 1`.
 
         A word's 64 bits are stored as two's complement. ValueError if a block number does not fit 64 bits.
@@ -84,7 +98,7 @@ class Key:
         done = 0
         while done < count:
             run = min(count - done, _COUNTER_RANGE - (block + done) % _COUNTER_RANGE, _MAX_RUN)
-            start = (block + done).to_bytes(8, "little") + nonce
+            start = (block + done | nonce << 64).to_bytes(16, "little")
             cipher = Cipher(algorithms.ChaCha20(self._secret, start), mode=None).encryptor()
             cipher.update_into(_ZEROS[: run * _BLOCK_BYTES], out[done : done + run].view(np.uint8).reshape(-1).data)
             done += run
@@ -127,3 +141,55 @@ def normals(words: NDArray[np.int64], out: NDArray[np.float64], scratch: NDArray
     cos -= 1.0
     np.multiply(r, cos, out=z[:, 0])
     np.multiply(r, t, out=z[:, 1])
+
+
+def add_noise(grad_sum: Tensor, out: Tensor, std: float, scale: float, key: Key, nonce: int, offset: int) -> None:
+    """``out = round((grad_sum + std * z) * scale)`` for elements ``offset`` and on of the stream `nonce` under `key`.
+
+    grad_sum: ``[n]`` fp32 or fp64; out: ``[n]`` fp32, bf16 or fp16, contiguous, on CPU; they may be one tensor. All of it
+    in fp64, rounded once.
+    """
+    values, start, stop = grad_sum.numpy(), offset, offset + grad_sum.numel()
+
+    def fill(firsts: list[int]) -> None:
+        words = np.empty((CHUNK // BLOCK_ELEMENTS, BLOCK_ELEMENTS), dtype=np.int64)
+        z = np.empty(words.shape)
+        scratch = np.empty((4, CHUNK // 2))
+        for first in firsts:
+            last = min(first + CHUNK - first % CHUNK, stop)
+            aligned = first - first % _TILE
+            blocks = -(-(last - aligned) // _TILE) * _TILE // BLOCK_ELEMENTS
+            key.words(nonce, aligned // BLOCK_ELEMENTS, words[:blocks])
+            normals(words[:blocks], z[:blocks], scratch[:, : blocks * BLOCK_ELEMENTS // 2])
+            noise = z.reshape(-1)[first - aligned : last - aligned]
+            noise *= std
+            noise += values[first - start : last - start]
+            noise *= scale
+            _round_into(noise, out[first - start : last - start])
+
+    firsts = [start, *range(start - start % CHUNK + CHUNK, stop, CHUNK)]
+    threads = min(torch.get_num_threads(), len(firsts) // _CHUNKS_PER_THREAD)
+    if threads <= 1:
+        fill(firsts)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            # The list waits for all threads and raises what one of them raised.
+            list(pool.map(fill, [firsts[i::threads] for i in range(threads)]))
+
+
+def _round_into(values: NDArray[np.float64], out: Tensor) -> None:
+    """Rounds fp64 `[n]` to nearest, ties to even, in `out`'s dtype.
+
+    torch converts fp64 to 16 bits by way of fp32, which rounds twice. Where the first rounding is to odd (towards zero,
+    then the last bit set if anything was lost), the second one is right (Boldo and Melquiond, IEEE Trans. Comp. 2008).
+    """
+    exact = torch.from_numpy(values)
+    if out.dtype == torch.float32:
+        out.copy_(exact)
+        return
+    single = exact.float().numpy()
+    nearest = single.astype(np.float64)
+    bits = single.view(np.int32)
+    bits -= np.abs(nearest) > np.abs(values)
+    bits |= nearest != values
+    out.copy_(torch.from_numpy(single))

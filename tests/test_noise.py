@@ -12,11 +12,28 @@ import numpy as np
 import pytest
 import torch
 
-from fastclip import noise
+from fastclip import ops
+from fastclip import random as stream_module
 from fastclip.noise import NoiseSource, Purpose
 from fastclip.random import Key, nonce, normals
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=["cpp", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test with the compiled kernel, where it was built, and with numpy."""
+    if request.param == "torch":
+        monkeypatch.setattr(ops, "_cpp_missing", "left out by this test")
+    elif ops.backends()["cpp"]["state"] == "absent":
+        pytest.skip("no compiled kernels on this machine")
+    return request.param
+
+
+@pytest.fixture
+def numpy_only(monkeypatch):
+    """For failures that can only be made to happen in Python."""
+    monkeypatch.setattr(ops, "_cpp_missing", "left out by this test")
 
 
 def draw(source: NoiseSource, count: int, offset: int = 0, **arguments) -> torch.Tensor:
@@ -91,7 +108,7 @@ def test_bits_do_not_depend_on_chunks_threads_or_calls(monkeypatch, restore_thre
     count, offset = 100_003, 8 * 2**32 - 50_001
     reference = draw(NoiseSource(seed=1), count, offset)
     for chunk, threads in [(64, 1), (448, 3), (2**12, 2), (2**17, 2)]:
-        monkeypatch.setattr(noise, "_CHUNK", chunk)
+        monkeypatch.setattr(stream_module, "CHUNK", chunk)
         torch.set_num_threads(threads)
         assert torch.equal(draw(NoiseSource(seed=1), count, offset), reference)
     cuts = sorted({0, count, 1, 2, 9, *random.Random(0).sample(range(count), 60)})
@@ -191,29 +208,29 @@ def test_remembers_ranges_drawn_in_any_order():
     assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(ranges))
 
 
-def test_a_failed_draw_is_spent(monkeypatch):
+def test_a_failed_draw_is_spent(monkeypatch, numpy_only):
     def fail(*arguments):
         raise MemoryError
 
     source = NoiseSource()
     with monkeypatch.context() as broken:
-        broken.setattr(noise, "normals", fail)
+        broken.setattr(stream_module, "normals", fail)
         with pytest.raises(MemoryError):
             draw(source, 10)
     with pytest.raises(RuntimeError, match="already have"):
         draw(source, 10)
 
 
-def test_a_failure_in_a_thread_is_raised(monkeypatch, restore_threads):
+def test_a_failure_in_a_thread_is_raised(monkeypatch, restore_threads, numpy_only):
     def fail_late(words, out, scratch):
-        if len(words) < 8 * noise._CHUNK // 64:
+        if len(words) < 8 * stream_module.CHUNK // 64:
             raise MemoryError
         normals(words, out, scratch)
 
     torch.set_num_threads(2)
-    monkeypatch.setattr(noise, "normals", fail_late)
+    monkeypatch.setattr(stream_module, "normals", fail_late)
     with pytest.raises(MemoryError):
-        draw(NoiseSource(), 20 * noise._CHUNK + 1)
+        draw(NoiseSource(), 20 * stream_module.CHUNK + 1)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -282,7 +299,7 @@ def forked_draw(source: NoiseSource, action) -> list[float]:
     return np.frombuffer(data, np.float32).tolist()
 
 
-def test_the_key_stays_hidden(monkeypatch):
+def test_the_key_stays_hidden(monkeypatch, numpy_only):
     secret = b"the key that nobody may ever see"
     monkeypatch.setattr(os, "urandom", lambda size: secret[:size])
     source = NoiseSource()
@@ -295,7 +312,7 @@ def test_the_key_stays_hidden(monkeypatch):
     except RuntimeError as error:
         shown.append(str(error))
     with monkeypatch.context() as broken:
-        broken.setattr(noise, "normals", lambda *arguments: 1 / 0)
+        broken.setattr(stream_module, "normals", lambda *arguments: 1 / 0)
         try:
             draw(source, 10, 10)
         except ZeroDivisionError:

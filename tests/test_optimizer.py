@@ -251,11 +251,11 @@ def test_a_failure_in_the_noise_leaves_nothing_clean(monkeypatch):
     backward(model)
     calls = []
 
-    def fail(total, std, *, offset, out):
+    def fail(total, std, *, offset, out, scale):
         calls.append(offset)
         if len(calls) == 2:
             raise MemoryError
-        return original(total, std, offset=offset, out=out)
+        return original(total, std, offset=offset, out=out, scale=scale)
 
     original = optimizer.noise.add_
     monkeypatch.setattr(optimizer.noise, "add_", fail)

@@ -6,8 +6,10 @@ from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from fastclip import ops
 from fastclip.random import Key, nonce, normals
 
 KEY = Key.from_seed(20260101)
@@ -36,19 +38,31 @@ def chacha_block(secret: bytes, counter_and_nonce: bytes) -> bytes:
     return b"".join(((s + t) & 0xFFFFFFFF).to_bytes(4, "little") for s, t in zip(x, initial, strict=True))
 
 
-def draw_words(count: int, key: Key = KEY, nonce: bytes = PLAIN, block: int = 0) -> np.ndarray:
+def draw_words(count: int, key: Key = KEY, nonce: int = PLAIN, block: int = 0) -> np.ndarray:
     words = np.empty((count, 8), dtype=np.int64)
     key.words(nonce, block, words)
     return words
 
 
-def to_normals(words: np.ndarray) -> np.ndarray:
+def in_numpy(words: np.ndarray) -> np.ndarray:
     z = np.empty(words.shape)
     normals(words, z, np.empty((4, words.size // 2)))
     return z.reshape(-1)
 
 
-def draw(count: int, key: Key = KEY, nonce: bytes = PLAIN) -> np.ndarray:
+def compiled(words: np.ndarray) -> np.ndarray:
+    return torch.ops.fastclip.box_muller(torch.from_numpy(words)).numpy().reshape(-1)
+
+
+@pytest.fixture(params=[in_numpy, compiled], autouse=True)
+def to_normals(request, monkeypatch):
+    """The transform under test: numpy's, and the compiled one where it was built."""
+    if request.param is compiled and ops.backends()["cpp"]["state"] == "absent":
+        pytest.skip("no compiled kernels on this machine")
+    monkeypatch.setitem(globals(), "to_normals", request.param)
+
+
+def draw(count: int, key: Key = KEY, nonce: int = PLAIN) -> np.ndarray:
     """`count` normals, in pieces of a few MB."""
     pieces = [to_normals(draw_words(8192, key, nonce, block)) for block in range(0, -(-count // 8), 8192)]
     return np.concatenate(pieces)[:count]
@@ -74,14 +88,14 @@ def test_rfc_8439_block_function():
         "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
     )
     assert chacha_block(secret, state) == expected
-    block = int.from_bytes(state[:8], "little")
-    assert draw_words(1, Key(secret), state[8:], block).astype("<i8").tobytes() == expected
+    block, tail = (int.from_bytes(part, "little") for part in (state[:8], state[8:]))
+    assert draw_words(1, Key(secret), tail, block).astype("<i8").tobytes() == expected
 
 
 @pytest.mark.parametrize("block", [0, 2**32 - 3, 2**33 - 1, 2**64 - 6, 4093])
 def test_words_are_chacha20_with_a_64_bit_block_number(block):
     secret, tail = bytes(range(100, 132)), nonce(5, 1, seeded=False)
-    expected = b"".join(chacha_block(secret, (block + i).to_bytes(8, "little") + tail) for i in range(6))
+    expected = b"".join(chacha_block(secret, (block + i | tail << 64).to_bytes(16, "little")) for i in range(6))
     assert draw_words(6, Key(secret), tail, block).astype("<i8").tobytes() == expected
 
 
@@ -92,8 +106,7 @@ def test_a_long_run_is_its_pieces():
 
 
 def test_nonce_fields_are_where_the_stream_says():
-    value = int.from_bytes(nonce(0x123456789ABC, 0x7ABC, seeded=True), "little")
-    assert value == 0x123456789ABC | 0x7ABC << 48 | 1 << 63
+    assert nonce(0x123456789ABC, 0x7ABC, seeded=True) == 0x123456789ABC | 0x7ABC << 48 | 1 << 63
 
 
 def test_the_stream_of_a_seed_stays_what_it_is():

@@ -1,0 +1,36 @@
+// One body of code compiled for several instruction sets, and the choice between them when the library is loaded.
+//
+// Nothing is contracted to fused multiply-adds (setup.py), so that every set gives the same bits.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fastclip {
+
+enum class Capability { kDefault, kAvx2, kAvx512 };
+
+// Honours ATEN_CPU_CAPABILITY, torch's own switch: default, avx2 or avx512.
+inline Capability capability() {
+#if defined(__x86_64__)
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool not_avx512 = wanted && std::strcmp(wanted, "avx512") != 0;
+  const bool not_avx2 = not_avx512 && std::strcmp(wanted, "avx2") != 0;
+  __builtin_cpu_init();
+  if (!not_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return Capability::kAvx512;
+  if (!not_avx2 && __builtin_cpu_supports("avx2")) return Capability::kAvx2;
+#endif
+  return Capability::kDefault;
+}
+
+}  // namespace fastclip
+
+#if defined(__x86_64__)
+#define FASTCLIP_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
+#define FASTCLIP_AVX2 __attribute__((target("avx2")))
+#else
+#define FASTCLIP_AVX512
+#define FASTCLIP_AVX2
+#endif
