@@ -19,7 +19,7 @@ from fastclip import random, reference
 Backend = Literal["triton", "cpp", "torch"]
 
 _SCHEMAS = {
-    "linear_norm": '(Tensor a, Tensor g, Tensor offsets, str route="auto") -> Tensor',
+    "linear_norm_parts": '(Tensor a, Tensor g, Tensor offsets, str route="auto") -> Tensor',
     "row_norm_products": "(Tensor a, Tensor g, Tensor offsets) -> Tensor",
     "embedding_norm": "(Tensor ids, Tensor g, Tensor offsets, int? padding_idx=None) -> Tensor",
     "tied_cross": "(Tensor h, Tensor z, Tensor head_offsets, Tensor ids, Tensor e, Tensor offsets, int? padding_idx=None)"
@@ -45,6 +45,9 @@ def _register() -> None:
         offsets = [x for x in args if isinstance(x, Tensor)][-1]  # the last tensor of every op that returns norms
         return offsets.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
+    def parts_fake(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto") -> Tensor:
+        return offsets.new_empty(2, offsets.shape[0] - 1, dtype=torch.float64)
+
     def segment_sum_fake(g: Tensor, x_hat: Tensor | None, offsets: Tensor) -> Tensor:
         return g.new_empty(offsets.shape[0] - 1, g.shape[1], dtype=reference.accumulation_dtype(g.dtype))
 
@@ -55,7 +58,8 @@ def _register() -> None:
         function, mutates = getattr(reference, name), schema.endswith("()")
         torch.library.define(f"fastclip::{name}", schema)
         torch.library.impl(f"fastclip::{name}", "default", without_result(function) if mutates else function)
-        fake = nothing_fake if mutates else segment_sum_fake if name == "segment_sum" else norms_fake
+        special: dict[str, Callable[..., Any]] = {"segment_sum": segment_sum_fake, "linear_norm_parts": parts_fake}
+        fake: Callable[..., Any] = nothing_fake if mutates else special.get(name, norms_fake)
         torch.library.register_fake(f"fastclip::{name}", fake)
     # No default in Python: frames between the dispatcher and the function would hold the key.
     torch.library.define("fastclip::add_noise", _NOISE)
@@ -85,7 +89,7 @@ def backends() -> dict[str, dict[str, str]]:
         "triton": {"state": "absent", "why": "no Triton kernels in this version: CUDA tensors run in plain torch"},
         "cpp": {"state": "absent", "why": _cpp_missing}
         if _cpp_missing
-        else {"state": "used", "why": "compiled: add_noise on CPU; the other ops run in plain torch"},
+        else {"state": "used", "why": "compiled: linear_norm and add_noise on CPU; other ops run in plain torch"},
         "torch": {"state": "used", "why": "plain torch and numpy, every device"},
     }
 
@@ -116,16 +120,25 @@ def _check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
 def linear_norm(
     a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto", *, backend: Backend | None = None
 ) -> Tensor:
-    """fp64 ``[U]`` squared norms of ``sum_t g_t a_t^T``: :func:`fastclip.reference.linear_norm`.
+    """fp64 ``[U]`` squared norms of ``sum_t g_t a_t^T``: the first row of :func:`linear_norm_parts`, and raises as it."""
+    return linear_norm_parts(a, g, offsets, route, backend=backend)[0]
 
-    a: ``[N, d]``, g: ``[N, p]``, offsets: int32 ``[U + 1]``. Raises ValueError on shapes that do not fit or an unknown
-    route, RuntimeError if ``backend`` cannot run.
+
+def linear_norm_parts(
+    a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto", *, backend: Backend | None = None
+) -> Tensor:
+    """fp64 ``[2, U]``: squared norms of ``sum_t g_t a_t^T`` and ``sum_t |a_t||g_t|``.
+
+    a: ``[N, d]``, g: ``[N, p]``, offsets: int32 ``[U + 1]``: :func:`fastclip.reference.linear_norm_parts`. Raises
+    ValueError on shapes that do not fit or an unknown route, RuntimeError if ``backend`` cannot run.
     """
     _check_backend(backend)
     if route not in ("auto", "gram", "direct"):
         raise ValueError(f'route must be "auto", "gram" or "direct", got {route!r}')
     _check_rows(offsets, a=a, g=g)
-    return _ops.linear_norm(a, g, offsets, route)
+    if backend == "torch":
+        return reference.linear_norm_parts(a, g, offsets, route)
+    return _ops.linear_norm_parts(a, g, offsets, route)
 
 
 def row_norm_products(a: Tensor, g: Tensor, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:

@@ -16,10 +16,8 @@ UNIT_ROUNDOFF_FP32 = 2.0**-24
 # How far below the exact norm, relatively, linear_norm may come: the optimizer draws that much more noise.
 NORM_SLACK = 2.0**-8
 _CHUNK_BYTES = 64 << 20
-_GRAM_BLOCK = 64  # rows
-_PRODUCT_BLOCK = 64  # columns whose products are summed in fp32 by the BLAS
+_GRAM_BLOCK = 128  # rows
 _SMALLEST_FP32_ROW = 1e-15  # products of rows below it may lose themselves to underflow
-_PRODUCT_GROUP = 16  # blocks of columns whose sums are added in fp32; groups are added in fp64
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,18 +26,24 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def linear_norm(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto") -> Tensor:
-    """fp64 ``[U]``: squared Frobenius norms of ``W_u = sum_t g_t a_t^T``.
+    """fp64 ``[U]``: squared Frobenius norms of ``W_u = sum_t g_t a_t^T``, the first row of :func:`linear_norm_parts`."""
+    return linear_norm_parts(a, g, offsets, route)[0]
+
+
+def linear_norm_parts(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto") -> Tensor:
+    """fp64 ``[2, U]``: squared Frobenius norms of ``W_u = sum_t g_t a_t^T``, and ``sum_t |a_t||g_t|``.
 
     a: ``[N, d]``, g: ``[N, p]``. route: "gram" sums ``(a_s . a_t)(g_s . g_t)`` over pairs of rows, L^2 (d + p) FLOPs by
     symmetry; "direct" squares ``W_u``, 2 L d p FLOPs; "auto" takes the cheaper one for the unit's length.
 
     Never below the exact value by more than a factor ``(1 - NORM_SLACK)^2``. The Gram sum cancels where rows do, so its
-    error is bounded by what it sums: fp32 products in blocks of 64 columns, 16 blocks added in fp32 and the rest in fp64,
-    are off by at most ``R = 2 (64 + 16 + 1) 2^-24 (sum_t |a_t||g_t|)^2`` (Higham, Accuracy and Stability of Numerical
+    error is bounded by what it sums: fp32 products in blocks of B columns, G blocks added in fp32 and the rest in fp64, are
+    off by at most ``R = 2 (B + G + 1) 2^-24 (sum_t |a_t||g_t|)^2`` (Higham, Accuracy and Stability of Numerical
     Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A unit for which R is not small beside the result is done again
-    in fp64, where the same bound is 1e-9 of that and is added. The direct route runs in fp64 and sums squares.
+    in fp64, where the same bound is 1e-9 of that and is added. Rows that do not cancel have ``(sum_t |a_t||g_t|)^2`` of
+    about L times the squared norm, so that longer units get smaller blocks. The direct route runs in fp64 and sums squares.
     """
-    out = g.new_zeros(offsets.numel() - 1, dtype=torch.float64)
+    out = g.new_zeros(2, offsets.numel() - 1, dtype=torch.float64)
     d, p = a.shape[1], g.shape[1]
     for units, length, first in _equal_lengths(offsets):
         gram = route == "gram" or (route == "auto" and length * (d + p) <= 2 * d * p)
@@ -48,25 +52,31 @@ def linear_norm(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto") -> T
             n = min(step, len(units) - i)
             rows = slice(first + i * length, first + (i + n) * length)
             a_u, g_u = a[rows].view(n, length, d), g[rows].view(n, length, p)
-            norms = (_gram if gram else _direct)(a_u, g_u)
-            out[units[i] : units[i] + n] = norms
+            products = _row_norms(a_u) * _row_norms(g_u)
+            here = slice(units[i], units[i] + n)
+            out[0, here] = _gram(a_u, g_u, products) if gram else _direct(a_u, g_u)
+            out[1, here] = products.sum(1)
     return out
 
 
-def _gram(a: Tensor, g: Tensor) -> Tensor:
-    """[n] from a ``[n, L, d]``, g ``[n, L, p]``: in fp32 where that is proven to be enough, in fp64 where not."""
-    a_rows, g_rows = _row_norms(a), _row_norms(g)  # [n, L]
-    spread = (a_rows * g_rows).sum(1).square_()  # [n]
-    if torch.float64 in (a.dtype, g.dtype) or a.device.type != "cpu":  # on a GPU the test would wait for the device
+def _gram(a: Tensor, g: Tensor, products: Tensor) -> Tensor:
+    """[n] from a ``[n, L, d]``, g ``[n, L, p]``: in fp32 where that is proven to be enough, in fp64 where not.
+
+    products: fp64 ``[n, L]``, ``|a_t||g_t|``.
+    """
+    spread = products.sum(1).square_()  # [n]
+    length, d, p = a.shape[1], a.shape[2], g.shape[2]
+    error = gram_error(d, p, length)
+    wide = torch.float64 in (a.dtype, g.dtype) or error * length > 2 * NORM_SLACK
+    if wide or a.device.type != "cpu":  # on a GPU the test below would wait for the device
         return _gram_fp64(a, g, spread)
-    short = _short(a.shape[2], g.shape[2], a.shape[1])
-    total = (_gram_short if short else _gram_fp32)(a.float(), g.float())
-    error = gram_error(a.shape[2], g.shape[2], a.shape[1]) * spread
-    tiny = (a_rows < _SMALLEST_FP32_ROW) | (g_rows < _SMALLEST_FP32_ROW)
-    lost = (a_rows * g_rows * tiny).sum(1).square_()
-    again = ~(
-        (error <= 2 * NORM_SLACK * total) & (lost <= 1e-9 * total) & (total > 1e-30)
-    )  # also where fp32 overflowed
+    columns, group = _blocks(d, p, length)
+    short = columns >= max(d, p)
+    total = _gram_short(a.float(), g.float()) if short else _gram_fp32(a.float(), g.float(), columns, group)
+    tiny = (_row_norms(a) < _SMALLEST_FP32_ROW) | (_row_norms(g) < _SMALLEST_FP32_ROW)
+    lost = (products * tiny).sum(1).square_()
+    enough = (error * spread <= 2 * NORM_SLACK * total) & (lost <= 1e-9 * total) & (total > 1e-30)
+    again = ~(enough & total.isfinite())
     nothing = spread == 0  # a unit that does not touch this layer: common, and not worth another look
     if bool(nothing.any()):
         again[nothing] = ~((a[nothing] == 0).all(2).all(1) | (g[nothing] == 0).all(2).all(1))
@@ -75,15 +85,17 @@ def _gram(a: Tensor, g: Tensor) -> Tensor:
     return total
 
 
-def _short(d: int, p: int, length: int) -> bool:
-    """Whether whole products will do: rows that do not cancel have a spread of about L times the squared norm."""
-    return (d + p + 2) * UNIT_ROUNDOFF_FP32 * length <= 2 * NORM_SLACK
+def _blocks(d: int, p: int, length: int) -> tuple[int, int]:
+    """(columns whose products are summed in fp32, blocks of columns that are added in fp32); csrc has the same rule."""
+    if (d + p + 2) * UNIT_ROUNDOFF_FP32 * length <= 2 * NORM_SLACK:
+        return max(d, p), 1
+    return (128, 16) if length <= 256 else (64, 16) if length <= 512 else (32, 4)
 
 
 def gram_error(d: int, p: int, length: int) -> float:
     """Times ``(sum_t |a_t||g_t|)^2``: the most that the fp32 Gram sum of a unit of ``length`` rows is off."""
-    terms = d + p + 2 if _short(d, p, length) else 2 * (_PRODUCT_BLOCK + _PRODUCT_GROUP + 1)
-    return terms * UNIT_ROUNDOFF_FP32
+    columns, group = _blocks(d, p, length)
+    return (d + p + 2 if columns >= max(d, p) else 2 * (columns + group + 1)) * UNIT_ROUNDOFF_FP32
 
 
 def _gram_short(a: Tensor, g: Tensor) -> Tensor:
@@ -91,27 +103,27 @@ def _gram_short(a: Tensor, g: Tensor) -> Tensor:
     return torch.bmm(a, a.mT).mul_(torch.bmm(g, g.mT)).sum((1, 2), dtype=torch.float64)
 
 
-def _gram_fp32(a: Tensor, g: Tensor) -> Tensor:
+def _gram_fp32(a: Tensor, g: Tensor, columns: int, group: int) -> Tensor:
     """[n] from fp32 a ``[n, L, d]``, g ``[n, L, p]``, unit by unit, block row by block row of the upper triangle."""
     total = a.new_zeros(a.shape[0], dtype=torch.float64)
     for u in range(a.shape[0]):
         for i in range(0, a.shape[1], _GRAM_BLOCK):
             j = min(i + _GRAM_BLOCK, a.shape[1])
-            pair = _products(a[u], i, j).mul_(_products(g[u], i, j))  # [block, L - i]
+            pair = _products(a[u], i, j, columns, group).mul_(_products(g[u], i, j, columns, group))  # [block, L - i]
             total[u] += pair[:, : j - i].sum() + 2 * pair[:, j - i :].sum()
     return total
 
 
-def _products(x: Tensor, i: int, j: int) -> Tensor:
+def _products(x: Tensor, i: int, j: int, columns: int, group: int) -> Tensor:
     """fp64 ``[j - i, L - i]``: products of rows i:j of fp32 x ``[L, d]`` with rows i:, in blocks of columns."""
     length, d = x.shape
-    blocks = d // _PRODUCT_BLOCK
+    blocks = d // columns
     out = x.new_zeros(j - i, length - i, dtype=torch.float64)
-    columns = x[:, : blocks * _PRODUCT_BLOCK].view(length, blocks, _PRODUCT_BLOCK).transpose(0, 1)  # [blocks, L, 64]
-    for group in columns.split(_PRODUCT_GROUP) if blocks else ():
-        out += torch.bmm(group[:, i:j], group[:, i:].mT).sum(0)
-    if blocks * _PRODUCT_BLOCK < d:
-        tail = x[:, blocks * _PRODUCT_BLOCK :]
+    parts = x[:, : blocks * columns].view(length, blocks, columns).transpose(0, 1)  # [blocks, L, columns]
+    for some in parts.split(group) if blocks else ():
+        out += torch.bmm(some[:, i:j], some[:, i:].mT).sum(0)
+    if blocks * columns < d:
+        tail = x[:, blocks * columns :]
         out += tail[i:j] @ tail[i:].mT
     return out
 

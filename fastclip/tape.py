@@ -173,31 +173,36 @@ def squared_norm(entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
         return _square(entries[0].grads), None
     if not embedding:
         head = _merge_linear(linear)
-        return ops.linear_norm(head.a, head.g, head.segments.offsets), _rounding(head.a, head.g, head.segments)
+        parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
+        return parts[0], _rounding(parts[1], head.g.dtype, head.segments)
     tail = _merge_embedding(embedding)
     square = ops.embedding_norm(tail.ids, tail.g, tail.segments.offsets, tail.padding_idx)
-    bound = _rounding(tail.g.new_ones(tail.g.shape[0], 1), tail.g, tail.segments)
+    ones = tail.g.new_ones(tail.g.shape[0], 1)
+    bound = _rounding(ops.row_norm_products(ones, tail.g, tail.segments.offsets), tail.g.dtype, tail.segments)
     if not linear:
         return square, bound
     head = _merge_linear(linear)
     cross = 2 * ops.tied_cross(
         head.a, head.g, head.segments.offsets, tail.ids, tail.g, tail.segments.offsets, tail.padding_idx
     )
-    return _tied_square(head, square + cross, square), bound + _rounding(head.a, head.g, head.segments)
+    parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
+    return _tied_square(head, parts, square + cross, square), bound + _rounding(parts[1], head.g.dtype, head.segments)
 
 
-def _tied_square(head: LinearRows, others: Tensor, embedding: Tensor) -> Tensor:
+def _tied_square(head: LinearRows, parts: Tensor, others: Tensor, embedding: Tensor) -> Tensor:
     """fp64 ``[U]``: squared norm of head + embedding, from the embedding's square and that plus twice the inner product.
+
+    parts: fp64 ``[2, U]``, the head's of ``linear_norm_parts``.
 
     Where head and embedding cancel, what the head's own square may be off by is no longer small beside the sum: those
     units' heads are done in fp64. The sum cancels at worst down to fp64 rounding of its parts; 1e-12 of them is above it.
     """
     offsets = head.segments.offsets
-    square = ops.linear_norm(head.a, head.g, offsets)
+    square = parts[0].clone()
     if square.device.type == "cpu" and head.g.dtype != torch.float64:
         d, p = head.a.shape[1], head.g.shape[1]
         worst = torch.tensor([gram_error(d, p, n) for n in offsets.diff().tolist()], dtype=torch.float64)
-        error = worst * ops.row_norm_products(head.a, head.g, offsets).square()
+        error = worst * parts[1].square()
         bounds = offsets.tolist()
         for u in (~(error <= 2 * NORM_SLACK * (square + others))).nonzero().flatten().tolist():
             rows = slice(bounds[u], bounds[u + 1])
@@ -206,10 +211,10 @@ def _tied_square(head: LinearRows, others: Tensor, embedding: Tensor) -> Tensor:
     return (square + others).clamp_min(0) + 1e-12 * (square + embedding)
 
 
-def _rounding(a: Tensor, g: Tensor, segments: Segments) -> Tensor:
-    """fp64 ``[U]``: bound on the rounding of ``sum_t g_t a_t^T`` in the sum's own precision."""
-    roundoff = UNIT_ROUNDOFF_FP64 if accumulation_dtype(g.dtype) == torch.float64 else UNIT_ROUNDOFF_FP32
-    return (segments.offsets.diff().double() + 2) * roundoff * ops.row_norm_products(a, g, segments.offsets)
+def _rounding(products: Tensor, dtype: torch.dtype, segments: Segments) -> Tensor:
+    """fp64 ``[U]``: bound on the rounding of ``sum_t g_t a_t^T`` in the sum's own precision, from ``sum_t |a_t||g_t|``."""
+    roundoff = UNIT_ROUNDOFF_FP64 if accumulation_dtype(dtype) == torch.float64 else UNIT_ROUNDOFF_FP32
+    return (segments.offsets.diff().double() + 2) * roundoff * products
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The compiled kernels beside the plain ones: same stream on every instruction set, bad input refused, opcheck."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -55,7 +56,99 @@ def test_same_noise_as_numpy(in_dtype, out_dtype, offset):
     torch.testing.assert_close(*drawn)
 
 
+def unit_rows(lengths, d, p, dtype=torch.float32):
+    rows = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.randn(rows, d).to(dtype), torch.randn(rows, p).to(dtype), offsets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("route", ["gram", "direct"])
+def test_norms_of_every_block_size(dtype, route):
+    a, g, offsets = unit_rows([1, 0, 64, 127, 129, 257, 513, 1100, 2000], 67, 130, dtype)
+    bounds = offsets.tolist()
+    for x, y in ((a, g), (a.t().contiguous().t(), g[:, ::2]), (a[:, 3:40], g[:1].expand_as(g))):
+        units = [slice(i, j) for i, j in itertools.pairwise(bounds)]
+        exact = torch.stack([(y[u].double().T @ x[u].double()).square().sum() for u in units])
+        squares, products = ops.linear_norm_parts(x, y, offsets, route, backend="cpp")
+        torch.testing.assert_close(squares, exact, rtol=1e-5, atol=0)
+        plain = ops.linear_norm_parts(x, y, offsets, route, backend="torch")
+        torch.testing.assert_close(plain[0], exact, rtol=1e-5, atol=0)
+        torch.testing.assert_close(products, plain[1], rtol=0.03, atol=0)
+
+
+def test_one_row_and_one_column_may_have_any_stride(capfd):
+    row = torch.randn(30).as_strided((1, 30), (1, 1))
+    column = torch.randn(300).as_strided((10, 1), (30, 7))
+    for a, g, n in (
+        (row, row, 1),
+        (row, torch.randn(1, 500), 1),
+        (column, column, 10),
+        (column, torch.randn(10, 400), 10),
+    ):
+        offsets = torch.tensor([0, n], dtype=torch.int32)
+        exact = (g.double().T @ a.double()).square().sum()
+        torch.testing.assert_close(ops.linear_norm(a, g, offsets, "gram", backend="cpp")[0], exact, rtol=1e-5, atol=0)
+    assert "".join(capfd.readouterr()) == ""  # a BLAS that refuses its arguments says so there and nowhere else
+
+
+@pytest.mark.parametrize("length", [16, 200, 400, 1000])
+@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-6])
+def test_cancelling_units_beside_others_are_not_underestimated(length, share):
+    a, g, offsets = unit_rows([length, length, length], 300, 200)
+    half = slice(length, length + length // 2), slice(length + length // 2, 2 * length)
+    a[half[1]], g[half[1]] = a[half[0]], -g[half[0]] * (1 - share)
+    pairs = list(zip(a.double().split(length), g.double().split(length), strict=True))
+    exact = torch.stack([(y.T @ x).square().sum() for x, y in pairs])
+    for backend in ("cpp", "torch"):
+        squares, products = ops.linear_norm_parts(a, g, offsets, "gram", backend=backend)
+        assert (squares >= exact * (1 - 1e-6)).all()
+        assert (squares <= exact * (1 + 1e-5) + 5e-12 * products**2).all()
+
+
+def test_rows_too_small_or_too_large_for_fp32_products():
+    a, g, offsets = unit_rows([40, 40, 40, 40], 200, 300)
+    a[:40] *= 1e-25
+    a[40:80] *= 1e25
+    a[80:100] *= 1e-30
+    a[120:] = 0
+    pairs = list(zip(a.double().split(40), g.double().split(40), strict=True))
+    exact = torch.stack([(y.T @ x).square().sum() for x, y in pairs])
+    torch.testing.assert_close(ops.linear_norm(a, g, offsets, "gram", backend="cpp"), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("route", ["gram", "direct"])
+def test_norms_have_the_same_bits_for_any_number_of_threads(route):
+    a, g, offsets = unit_rows([300, 5, 129, 40, 700], 200, 90)
+    a[5:100] = a[100:195]
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.linear_norm_parts(a, g, offsets, route, backend="cpp"))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("a", "g", "offsets", "route", "message"),
+    [
+        (torch.ones(4, 2), torch.ones(3, 2), [0, 3], "gram", "same N"),
+        (torch.ones(4), torch.ones(4, 2), [0, 4], "gram", r"a must be \[N, d\]"),
+        (torch.ones(4, 0), torch.ones(4, 2), [0, 4], "gram", "must have columns"),
+        (torch.ones(4, 2), torch.ones(4, 2), [0, 3], "gram", "offsets must rise from 0 to the number of rows, 4"),
+        (torch.ones(4, 2), torch.ones(4, 2), [0, 3, 2, 4], "gram", "offsets must rise"),
+        (torch.ones(4, 2), torch.ones(4, 2), [], "gram", "offsets must be"),
+        (torch.ones(4, 2), torch.ones(4, 2), [0, 4], "fast", "unknown route fast"),
+        (torch.ones(4, 2, dtype=torch.int64), torch.ones(4, 2, dtype=torch.int64), [0, 4], "gram", "floating point"),
+    ],
+)
+def test_norms_refuse_bad_input(a, g, offsets, route, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastclip.linear_norm_parts(a, g, torch.tensor(offsets, dtype=torch.int32), route)
+
+
 def test_opcheck():
+    torch.library.opcheck(torch.ops.fastclip.linear_norm_parts.default, unit_rows([3, 0, 5], 4, 6))
     key, out = KEY.tensor(), torch.zeros(100)
     torch.library.opcheck(torch.ops.fastclip.add_noise.default, (torch.ones(100), out, 1.0, 0.5, key, 1, 2, 3))
     torch.library.opcheck(torch.ops.fastclip.box_muller.default, (torch.arange(80).view(-1, 8),))

@@ -59,6 +59,7 @@ class Rows:
         return list(zip(*[x.split(self.lengths) for x in wide], strict=True))
 
 
+backends = st.sampled_from([None, "torch"])  # what the device gets, and plain torch
 rows = st.builds(
     Rows,
     st.lists(st.sampled_from([0, 1, 2, 3, 7, 70]), min_size=1, max_size=5),
@@ -88,12 +89,16 @@ def assert_sums(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) ->
 
 
 @sweep
-@given(rows, sizes, sizes, routes)
-def test_linear_norm(rows: Rows, d: int, p: int, route: str) -> None:
+@given(rows, sizes, sizes, routes, backends)
+def test_linear_norm(rows: Rows, d: int, p: int, route: str, backend: ops.Backend | None) -> None:
     a, g = rows.make(d), rows.make(p, 1)
     units = rows.units(a, g)
     exact = [float((g_u.t() @ a_u).square().sum()) for a_u, g_u in units]
-    assert_norms(ops.linear_norm(a, g, rows.offsets, route), exact, [spread(*unit) for unit in units])
+    magnitudes = [spread(*unit) for unit in units]
+    squares, products = ops.linear_norm_parts(a, g, rows.offsets, route, backend=backend)
+    assert_norms(squares, exact, magnitudes)
+    for value, magnitude in zip(products.tolist(), magnitudes, strict=True):
+        assert magnitude * (1 - 1e-12) <= value <= magnitude * 1.03
 
 
 @sweep
@@ -173,9 +178,10 @@ def test_clipped_embedding(rows: Rows, d: int, padding_idx: int | None) -> None:
     assert_sums(out, exact, magnitude, sum(rows.lengths) + 1)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("route", ["gram", "direct", "auto"])
 @pytest.mark.parametrize("bits", range(0, 23, 2))
-def test_a_unit_that_cancels_is_not_underestimated(route: str, bits: int) -> None:
+def test_a_unit_that_cancels_is_not_underestimated(backend: ops.Backend | None, route: str, bits: int) -> None:
     """Rows come in pairs (a, g), (a, -(1 - 2^-bits) g): the sum is 2^-bits of what is summed.
 
     An op may add a bound of its rounding to what it returns, in proportion to what is summed.
@@ -183,7 +189,7 @@ def test_a_unit_that_cancels_is_not_underestimated(route: str, bits: int) -> Non
     a, half = torch.randn(8, 40), torch.randn(8, 40)
     a, g = torch.cat([a, a]), torch.cat([half, -half * (1 - 2.0**-bits)])
     exact = float((g.double().t() @ a.double()).norm())
-    actual = float(ops.linear_norm(a, g, torch.tensor([0, 16], dtype=torch.int32), route)[0]) ** 0.5
+    actual = float(ops.linear_norm(a, g, torch.tensor([0, 16], dtype=torch.int32), route, backend=backend)[0]) ** 0.5
     assert exact * (1 - 1e-6) <= actual <= exact * (1 + 1e-5) + 1e-5 * spread(a, g)
 
 
@@ -192,6 +198,8 @@ IDS = torch.tensor([2, 0, 2, 1, 1, 0, 2, 2, 1])
 NORMS: dict[str, Op] = {
     "gram": lambda a, g, offsets: ops.linear_norm(a, g, offsets, "gram"),
     "direct": lambda a, g, offsets: ops.linear_norm(a, g, offsets, "direct"),
+    "gram_torch": lambda a, g, offsets: ops.linear_norm(a, g, offsets, "gram", backend="torch"),
+    "direct_torch": lambda a, g, offsets: ops.linear_norm(a, g, offsets, "direct", backend="torch"),
     "embedding": lambda a, g, offsets: ops.embedding_norm(IDS, g, offsets),
     "embedding_padding": lambda a, g, offsets: ops.embedding_norm(IDS, g, offsets, 2),
     "bias": lambda a, g, offsets: ops.affine_norm(g, None, offsets),
