@@ -172,7 +172,7 @@ std::vector<double> run(const std::vector<Task>& tasks, const F& work) {
   std::atomic<size_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
+    thread_local Scratch scratch;  // kept: buffers of a few MB that come and go would fragment the heap
     for (size_t t; begin < end && (t = next++) < tasks.size();) results[t] = work(tasks[t], scratch);
   });
   return results;
