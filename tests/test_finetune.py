@@ -1,6 +1,7 @@
 # ruff: noqa: F811 -- pytest passes imported fixtures by the names of arguments
 """Fine-tuning runs on tiny models: data and splits, the loop, the ledger, stopping and going on, what is published."""
 
+import io
 import json
 import math
 import re
@@ -406,3 +407,21 @@ def test_a_checkpoint_of_another_model_is_refused(stopped, files, movies, tmp_pa
         checkpoints.load(
             stopped / "private", built.model, loop.average_of(built, movies), base, optim.schedule(base, movies)
         )
+
+
+def test_a_log_file_gets_lines_without_the_loss():
+    lines = io.StringIO()
+    with StepBar(Console(file=lines, width=200), 25, 5, "training") as bar:
+        for _ in range(20):
+            bar.step(loss=123.456, epsilon=1.5, examples_per_second=70.0)
+    written = lines.getvalue().splitlines()
+    assert written[0] == "step 6 of 25 · epsilon 1.50 · 70 examples/s"
+    assert len(written) == 8 and written[-1].startswith("step 25 of 25") and "123" not in lines.getvalue()
+
+
+def test_a_terminal_gets_the_bar():
+    shown = io.StringIO()
+    with StepBar(Console(file=shown, width=200, force_terminal=True), 2, 0, "training") as bar:
+        bar.step(loss=0.5, epsilon=None, examples_per_second=70.0)
+        bar.step(loss=0.25, epsilon=1.0, examples_per_second=70.0)
+    assert "loss 0.250 · epsilon 1.00" in shown.getvalue() and "step 1 of" not in shown.getvalue()

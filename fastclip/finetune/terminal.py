@@ -41,9 +41,13 @@ class Display:
 
 
 class StepBar:
-    """A progress bar over optimizer steps; the loss on it is a look at private data and stays on the terminal."""
+    """A progress bar over optimizer steps, and a line now and then where the output is no terminal.
+
+    The loss is a look at private data: it is on the bar and in no line, because lines end up in log files.
+    """
 
     def __init__(self, console: Console, steps: int, done: int, name: str) -> None:
+        self._console, self._steps, self._done = console, steps, done
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -53,7 +57,6 @@ class StepBar:
             TextColumn("left"),
             console=console,
             expand=True,
-            # A log file gets the table at the end, not a bar.
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(name, total=steps, completed=done, status="")
@@ -66,10 +69,13 @@ class StepBar:
         self._progress.stop()
 
     def step(self, *, loss: float, epsilon: float | None, examples_per_second: float) -> None:
-        parts = [f"loss {loss:.3f}", f"{examples_per_second:.0f} examples/s"]
+        parts = [f"{examples_per_second:.0f} examples/s"]
         if epsilon is not None:
-            parts.insert(1, f"epsilon {epsilon:.2f}")
-        self._progress.update(self._task, advance=1, status=" · ".join(parts))
+            parts.insert(0, f"epsilon {epsilon:.2f}")
+        self._done += 1
+        self._progress.update(self._task, advance=1, status=" · ".join([f"loss {loss:.3f}", *parts]))
+        if not self._console.is_terminal and (self._done == self._steps or self._done % -(-self._steps // 10) == 0):
+            self._console.print(f"step {self._done} of {self._steps} · " + " · ".join(parts), highlight=False)
 
 
 def summary(report: dict[str, Any], cost: dict[str, Any], comparison: dict[str, Any] | None) -> Table:
