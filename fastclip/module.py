@@ -391,15 +391,16 @@ class Clipper:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """fp32 products in fp32, whatever the user chose for the model's own: norms and sums count on it."""
-    chosen = torch.get_float32_matmul_precision()
-    if chosen == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    # The attributes that both of torch's interfaces set; its older getter raises once the newer one was used.
+    kinds = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    chosen = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision not in ("ieee", "none")]
+    for kind, _ in chosen:
+        kind.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(chosen)
+        for kind, precision in chosen:
+            kind.fp32_precision = precision
 
 
 def _guard(clipper: weakref.ref[Clipper], name: str) -> Callable[[Tensor | None], None]:

@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -425,3 +427,32 @@ def test_bad_arguments(argument, value):
     with pytest.raises(ValueError, match=argument):
         fastclip.attach(model, **({"max_grad_norm": 1.0} | {argument: value}))
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+PRECISION = {
+    "older name": "torch.set_float32_matmul_precision('medium')",
+    "CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "CUDA": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "everything": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("setting", PRECISION)
+def test_sums_are_fp32_whatever_precision_the_model_runs_in(setting):
+    """In a process of its own: the settings are global. Large enough products for torch to take the narrow path."""
+    script = f"""
+import torch, fastclip
+torch.manual_seed(0)
+{PRECISION[setting]}
+kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+before = [kind.fp32_precision for kind in kinds]
+model = torch.nn.Linear(512, 512)
+fastclip.attach(model, max_grad_norm=1e6)
+x, weight = torch.randn(1024, 512), torch.randn(1024, 512)
+(model(x) * weight).sum(1).sum().backward()
+exact = weight.double().T @ x.double()
+assert ((model.weight.grad - exact).norm() / exact.norm()) < 1e-6
+assert [kind.fp32_precision for kind in kinds] == before
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
