@@ -26,7 +26,10 @@ from fastclip.units import PrivacyUnits
 
 
 class DrawSource(Protocol):
-    """What the optimizer reads from a sampler: the id of the draw that was handed out last, and its expected size."""
+    """What the optimizer reads from a sampler: the id of the draw that was handed out last, and its expected size.
+
+    One that also has ``current_units``, the number of units in that draw, has it checked that no more enter the sum.
+    """
 
     @property
     def current_draw(self) -> int | None: ...
@@ -76,6 +79,7 @@ class DPOptimizer(Optimizer):
         self._release_hooks: list[Callable[[DPOptimizer], object]] = []
         self._seen: set[int] = set()
         self._pending_draw: int | None = None
+        self._num_entered = 0
         self._clipped_to: float | None = None
         self._released_draw: int | None = None
         held = list(self._parameters())
@@ -149,6 +153,7 @@ class DPOptimizer(Optimizer):
     def _forget(self) -> None:
         self._seen.clear()
         self._pending_draw = self._clipped_to = None
+        self._num_entered = 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -242,6 +247,14 @@ class DPOptimizer(Optimizer):
                 raise RuntimeError(
                     f"a backward of draw {draw} before draw {self._pending_draw} was released: call step()"
                 )
+            # Each unit of the draw may enter the sum once, with norm C: more units than were drawn means that some unit
+            # counts double (a batch run twice, pairs laid side by side) or was taken apart (a user's examples as units).
+            drawn = getattr(self.sampler, "current_units", None)
+            if drawn is not None and self._num_entered + units.num_units > drawn:
+                raise RuntimeError(
+                    f"{self._num_entered + units.num_units} units were clipped for draw {draw}, which has {drawn}: name whose "
+                    "each example is by clipper.units(ids=...), and run every unit in one backward only"
+                )
         again = self._seen.intersection(units.ids or ())
         if again:
             raise RuntimeError(
@@ -255,6 +268,7 @@ class DPOptimizer(Optimizer):
             self._forget()
             return
         self._seen.update(units.ids or ())
+        self._num_entered += units.num_units
         self._clipped_to = self.max_grad_norm
         self._pending_draw = self.sampler.current_draw if self.sampler is not None else None
 

@@ -35,7 +35,7 @@ class Route:
         self.module = module
         self.method = method
         self.original = getattr(module, method)
-        self._previous = module.__dict__.get(method)
+        self.replaced = module.__dict__.get(method)
         module.__dict__[method] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -44,10 +44,10 @@ class Route:
     def remove(self) -> None:
         """Put back what was there; where somebody wrapped this object meanwhile, it only passes calls on from now."""
         if self.module.__dict__.get(self.method) is self:
-            if self._previous is None:
+            if self.replaced is None:
                 del self.module.__dict__[self.method]
             else:
-                self.module.__dict__[self.method] = self._previous
+                self.module.__dict__[self.method] = self.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

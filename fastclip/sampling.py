@@ -73,6 +73,7 @@ class PoissonSampler(Sampler[list[int]]):
             raise ValueError(f"seed={seed!r} is not an int; leave it out for a private run")
         self.num_units = int(num_units)
         self.num_examples = self.num_units
+        self.current_units: int | None = None  # how many units the current draw has: private, like the draw
         self.steps = int(steps)
         self.sample_rate = float(sample_rate)
         self.expected_batch_size = float(expected_batch_size)
@@ -98,18 +99,19 @@ class PoissonSampler(Sampler[list[int]]):
             # Counted before it is drawn: whatever fails from here on, this id and its words are never used again.
             draw = self.released
             self.released += 1
-            yield self._drawn(_Words(self._key, draw))
+            indices, self.current_units = self._drawn(_Words(self._key, draw))
+            yield indices
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_key"}
+        return {**{name: value for name, value in self.__dict__.items() if name != "_key"}, "current_units": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._take_key()
 
-    def _drawn(self, words: "_Words") -> list[int]:
+    def _drawn(self, words: "_Words") -> tuple[list[int], int]:
         indices: list[int] = words.bernoulli(self.num_units, self.sample_rate).tolist()
-        return indices
+        return indices, len(indices)
 
     def _take_key(self) -> None:
         if self._seed is None:
@@ -166,14 +168,15 @@ class UserPoissonSampler(PoissonSampler):
             )
         return torch.from_numpy(self._unit[wanted])
 
-    def _drawn(self, words: "_Words") -> list[int]:
+    def _drawn(self, words: "_Words") -> tuple[list[int], int]:
         indices: list[int] = []
-        for user in words.bernoulli(self.num_units, self.sample_rate):
+        users = words.bernoulli(self.num_units, self.sample_rate)
+        for user in users:
             owned = self._by_user[self._offsets[user] : self._offsets[user + 1]]
             if self.examples_per_user is not None and len(owned) > self.examples_per_user:
                 owned = np.sort(owned[np.argsort(words.take(len(owned)), kind="stable")[: self.examples_per_user]])
             indices.extend(owned.tolist())
-        return indices
+        return indices, len(users)
 
 
 class _Words:
@@ -213,7 +216,8 @@ class PoissonLoader:
 
     dataset: maps an index to an example. collate_fn: list of examples to batch; by default torch's.
     options: further arguments of `torch.utils.data.DataLoader`, but none about which examples come when.
-    Attributes: current_draw and current_indices (the draw's example indices), None before the first batch.
+    Attributes: current_draw, current_indices (the draw's example indices) and current_units (how many units were drawn),
+    None before the first batch.
     Raises ValueError for bad input.
     """
 
@@ -239,6 +243,7 @@ class PoissonLoader:
         self._options = {"num_workers": num_workers, **options}
         self.current_draw: int | None = None
         self.current_indices: list[int] | None = None
+        self.current_units: int | None = None
 
     @property
     def steps(self) -> int:
@@ -260,7 +265,7 @@ class PoissonLoader:
         return self.steps
 
     def __iter__(self) -> Iterator[Any]:
-        ahead: deque[tuple[int | None, list[int]]] = deque()
+        ahead: deque[tuple[int | None, list[int], int | None]] = deque()
         batches: DataLoader[Any] = DataLoader(
             self._dataset,  # type: ignore[arg-type]
             batch_sampler=_Noted(self._sampler, ahead),
@@ -269,14 +274,14 @@ class PoissonLoader:
         )
         # Batches come back in the order in which their indices went out.
         for batch in batches:
-            self.current_draw, self.current_indices = ahead.popleft()
+            self.current_draw, self.current_indices, self.current_units = ahead.popleft()
             yield batch
 
 
 class _Noted(Sampler[list[int]]):
     """The sampler's draws, each noted down as it is made."""
 
-    def __init__(self, sampler: PoissonSampler, ahead: deque[tuple[int | None, list[int]]]) -> None:
+    def __init__(self, sampler: PoissonSampler, ahead: deque[tuple[int | None, list[int], int | None]]) -> None:
         self._sampler = sampler
         self._ahead = ahead
 
@@ -285,7 +290,7 @@ class _Noted(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for indices in self._sampler:
-            self._ahead.append((self._sampler.current_draw, indices))
+            self._ahead.append((self._sampler.current_draw, indices, self._sampler.current_units))
             yield indices
 
 

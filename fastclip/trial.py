@@ -14,7 +14,7 @@ batch and its changes do not have.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -152,9 +152,7 @@ class Probe:
         finally:
             self._keep = None
         self._left = {name: b.clone() for name, b in self._model.named_buffers() if b.is_floating_point()}
-        if is_dataclass(out) and not isinstance(out, type | dict):
-            out = [getattr(out, f.name) for f in fields(out)]
-        return tree_leaves(out)
+        return _output_leaves(out, set())
 
     def _restore(self) -> None:
         for name, b in self._model.named_buffers():
@@ -244,15 +242,22 @@ class Probe:
                 raise ValueError("examples are not independent: changing one changed the output of another")
 
     def _check_additive(self) -> None:
-        """A loss that the model computes itself: changing two examples changes it by what changing each does."""
-        scalars = [i for i, x in enumerate(self._plain_out) if isinstance(x, Tensor) and x.dim() == 0]
-        scalars = [i for i in scalars if self._plain_out[i].is_floating_point()]
-        if not scalars:
+        """Losses that the model computes itself: changing two examples changes them by what changing each does."""
+        pairs = enumerate(zip(self._small_out, self._plain_out, strict=True))
+        losses = [i for i, (small, x) in pairs if _is_float(x) and x.numel() and growing_dim(small, x) is None]
+        if not losses:
             return
         first, last, both = (self.run(3, changed=c, strongly=(0, 2)) for c in ((0,), (2,), (0, 2)))
-        for i in scalars:
-            values = [float(run[i]) for run in (self._plain_out, first, last, both)]
-            if abs(values[0] + values[3] - values[1] - values[2]) > 1e-3 * max(abs(v) for v in values):
+        for i in losses:
+            runs = [run[i] for run in (self._plain_out, first, last, both)]
+            together = all(_is_float(x) and x.shape == runs[0].shape for x in runs)
+            values = [x.double() for x in runs] if together else []
+            if (
+                not together
+                or (
+                    (values[0] + values[3] - values[1] - values[2]).abs() > 1e-3 * torch.stack(values).abs().amax(0)
+                ).any()
+            ):
                 raise ValueError(
                     "examples are not independent in the loss that the model returns (a mean over the batch's tokens, "
                     "negatives from the batch): compute one loss per example from its logits, as fastclip.huggingface does"
@@ -398,6 +403,29 @@ class Probe:
                 continue
             if x.shape != z.shape or not same(x[1:], z[1:]) or not same(y[:1], z[:1]):
                 raise ValueError(no_batch_dim(names))
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _output_leaves(out: Any, inside: set[int]) -> list[Any]:
+    """Everything in a model's output, also in containers that torch does not know (a loss in a namespace is a loss).
+
+    inside: ids of the objects around this one, so that a cycle ends.
+    """
+    leaves = tree_leaves(out)
+    if len(leaves) != 1 or leaves[0] is not out:
+        return [leaf for part in leaves for leaf in _output_leaves(part, inside)]
+    if out is None or isinstance(out, Tensor | nn.Module | type | str) or callable(out) or id(out) in inside:
+        return [out]
+    parts = list(out.values()) if isinstance(out, Mapping) else []
+    parts += vars(out).values() if hasattr(out, "__dict__") else []
+    if is_dataclass(out):
+        parts += [getattr(out, f.name) for f in fields(out) if not hasattr(out, "__dict__")]
+    if not parts and isinstance(out, list | tuple | set | frozenset):
+        parts = list(out)
+    return [leaf for part in parts for leaf in _output_leaves(part, inside | {id(out)})] if parts else [out]
 
 
 def _rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int]) -> bool:

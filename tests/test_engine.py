@@ -456,3 +456,65 @@ assert [kind.fp32_precision for kind in kinds] == before
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+class Patched(nn.Module):
+    """A low-rank path put into one layer by patching its forward, as some adapter libraries do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def patch(self):
+        plain = self.inner.forward
+        self.inner.forward = lambda x: plain(x) + self.up(self.down(x))
+        return self
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+class StandardizedConv(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(input, weight, bias)
+
+
+def exact_or_refused(model, twin, x):
+    """The engine's answer for squared outputs is the oracle's, or there is none; what it must not be is another one."""
+
+    def loss(net, batch):
+        return net(batch["x"]).square().flatten(1).sum(1)
+
+    expected = unit_gradients(twin, loss, {"x": x}, range(len(x)))
+    clip = pick_clipping_norm(norms(expected))
+    fastclip.attach(model, clip)
+    try:
+        loss(model, {"x": x}).sum().backward()
+    except (ValueError, RuntimeError):
+        return
+    assert_gradients(collect(model), clipped_sum(expected, clip))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_patched_forward_is_not_replaced_by_the_rule_of_its_class(when):
+    model = Patched()
+    x = torch.randn(5, 4)
+    twin = copy.deepcopy(model).patch()
+    want = twin(x).detach()
+    if when == "before":
+        model.patch()
+        clipper = fastclip.attach(model, 1.0)
+    else:
+        clipper = fastclip.attach(model, 1.0)
+        model.patch()
+    torch.testing.assert_close(model(x).detach(), want)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert len(clipper.unit_norms) == 5
+
+
+def test_an_overridden_helper_of_a_convolution_is_not_replaced_by_the_rule():
+    model = nn.Sequential(StandardizedConv(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    exact_or_refused(model, copy.deepcopy(model), torch.randn(5, 3, 6, 6))

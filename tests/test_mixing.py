@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -335,3 +336,37 @@ def test_cancelling_calls_of_bare_parameters():
     clipper = fastclip.attach(model, 1.0, "automatic")
     (1e5 * model(torch.randn(3, WIDTH))).sum().backward()
     assert float(model.scale.weight.grad.norm()) <= float(clipper.unit_norms.sum()) * 100 + 1e-6
+
+
+class ContrastiveLoss(nn.Module):
+    """In-batch negatives inside the model; ``wrap`` is how the losses leave it."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.q, self.k, self.wrap = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), wrap
+
+    def forward(self, x, y):
+        similarity = self.q(x) @ self.k(y).T
+        target = torch.arange(len(x))
+        return self.wrap(torch.stack([F.cross_entropy(similarity, target), F.cross_entropy(similarity.T, target)]))
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+WRAPS = {
+    "vector": lambda losses: losses,
+    "one element": lambda losses: losses.mean().view(1),
+    "namespace": lambda losses: types.SimpleNamespace(loss=losses.mean()),
+    "own dict": lambda losses: Attributes(loss=losses.mean()),
+    "nested": lambda losses: types.SimpleNamespace(out=[Attributes(loss=losses.mean())]),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_losses_of_the_whole_batch_in_any_wrapping(wrap):
+    model = ContrastiveLoss(wrap)
+    fastclip.attach(model, 1.0, loss_reduction="mean")
+    with pytest.raises(ValueError, match="not independent in the loss"):
+        model(torch.randn(SIZE, WIDTH), torch.randn(SIZE, WIDTH))

@@ -413,3 +413,28 @@ def test_zero_grad_both_ways(to_none):
         optimizer.step()
         optimizer.zero_grad(set_to_none=to_none)
         assert all((p.grad is None) == to_none for p in model.parameters())
+
+
+def test_no_more_units_enter_than_were_drawn():
+    model = net()
+    users = [i // 10 for i in range(40)]
+    sampler = fastclip.UserPoissonSampler(users, sample_rate=1.0, steps=2)
+    optimizer = wrap(model, sampler=sampler, expected_batch_size=None)
+    indices = next(iter(sampler))
+    assert sampler.current_units == 4
+    with pytest.raises(RuntimeError, match="40 units were clipped for draw 0, which has 4"):
+        backward(model, len(indices))  # a user's examples as units of their own
+    assert model[0].weight.grad is None
+    optimizer.zero_grad()
+    with optimizer.clipper.units(ids=[users[i] for i in indices]):
+        backward(model, len(indices))
+    with pytest.raises(RuntimeError, match="5 units were clipped for draw 0"):
+        backward(model, 1)  # the same batch again
+    optimizer.step()
+
+
+def test_the_count_of_a_draw_is_no_part_of_a_copy():
+    sampler = fastclip.PoissonSampler(40, sample_rate=1.0, steps=2)
+    next(iter(sampler))
+    assert sampler.current_units == 40
+    assert sampler.__getstate__()["current_units"] is None

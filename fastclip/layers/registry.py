@@ -2,7 +2,8 @@
 
 A rule is ``rule(site, module, *args, **kwargs)``: it computes the layer's output as the layer's own forward would and
 enters, in backward, each trainable parameter's gradient into the tape. :class:`fastclip.layers.site.Site` has what it
-needs. A subclass counts as its parent only if it does not override ``forward``.
+needs. A subclass counts as its parent only if no method is overridden that ``forward`` could call, in the class or on the
+instance (a library that patches ``layer.forward``): the rule would compute something else than the layer does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Rule = Callable[..., Any]
 # By type, or by qualified name for types of libraries that fastclip does not import.
 _RULES: dict[type[nn.Module] | str, Rule] = {}
 _DOC: dict[type[nn.Module] | str, str] = {}
+_OUTSIDE_FORWARD = {"reset_parameters", "extra_repr", "_reset_parameters"}
 
 
 def register_layer(*types: type[nn.Module] | str, norm: str = "per-unit gradient") -> Callable[[Rule], Rule]:
@@ -45,8 +47,26 @@ def find_rule(module: nn.Module) -> Rule | None:
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(_qualified_name(cls))
         if rule is not None:
-            return rule if type(module).forward is getattr(cls, "forward", None) else None
+            return rule if _computes_as(module, cls) else None
     return None
+
+
+def _computes_as(module: nn.Module, cls: type) -> bool:
+    """Whether the methods that make up the forward are the registered class's own."""
+    methods = {name for name, value in vars(cls).items() if callable(value) and not name.startswith("__")}
+    methods = (methods | {"forward"}) - _OUTSIDE_FORWARD
+    return all(
+        getattr(type(module), name, None) is getattr(cls, name, None) and _patch(module, name) is None
+        for name in methods
+    )
+
+
+def _patch(module: nn.Module, name: str) -> Any:
+    """What stands in a method's place on the instance, below the routes of a clipper; None if nothing does."""
+    found: Any = module.__dict__.get(name)
+    while hasattr(found, "replaced"):
+        found = found.replaced
+    return found
 
 
 def supported_layers() -> list[tuple[str, str]]:
