@@ -7,8 +7,8 @@ example must reach no row of another at any layer's input or at the output; thre
 as in the whole batch; an output without a batch dimension (a loss) must be a sum of one term an example. Modules that use
 parameters in code of their own are tried with copies (copies.py).
 
-Not seen here: what happens behind the model's output (check_units), and code that runs only for content that the first
-batch and its changes do not have.
+Not seen here: what happens behind the model's output (check_units), what couples examples in backward alone (tensor hooks,
+custom backwards), and code that runs only for content that the first batch and its changes do not have.
 """
 
 from __future__ import annotations
@@ -249,15 +249,7 @@ class Probe:
             return
         first, last, both = (self.run(3, changed=c, strongly=(0, 2)) for c in ((0,), (2,), (0, 2)))
         for i in losses:
-            runs = [run[i] for run in (self._plain_out, first, last, both)]
-            together = all(_is_float(x) and x.shape == runs[0].shape for x in runs)
-            values = [x.double() for x in runs] if together else []
-            if (
-                not together
-                or (
-                    (values[0] + values[3] - values[1] - values[2]).abs() > 1e-3 * torch.stack(values).abs().amax(0)
-                ).any()
-            ):
+            if not _adds_up(*(run[i] for run in (self._plain_out, first, last, both))):
                 raise ValueError(
                     "examples are not independent in the loss that the model returns (a mean over the batch's tokens, "
                     "negatives from the batch): compute one loss per example from its logits, as fastclip.huggingface does"
@@ -407,6 +399,14 @@ class Probe:
 
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _adds_up(plain: Tensor, first: Any, last: Any, both: Any) -> bool:
+    """Whether changing both examples changes every element by what changing each of them does."""
+    if any(not _is_float(x) or x.shape != plain.shape for x in (first, last, both)):
+        return False
+    p, f, b, t = values = [x.double() for x in (plain, first, last, both)]
+    return not bool(((p + t - f - b).abs() > 1e-3 * torch.stack(values).abs().amax(0)).any())
 
 
 def _output_leaves(out: Any, inside: set[int]) -> list[Any]:

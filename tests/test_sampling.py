@@ -370,6 +370,7 @@ def test_loader_says_which_draw_the_loop_holds(workers):
     for step, batch in enumerate(loader):
         assert loader.current_draw == step
         assert loader.current_indices == expected[step] == batch["input_ids"][:, 0].tolist()
+        assert loader.current_units == len(expected[step])
         assert len(batch["name"]) == len(expected[step])
         assert (batch["input_ids"].dtype, batch["input_ids"].shape[1:]) == (torch.int64, (6,))
         assert (batch["mask"].dtype, batch["mask"].shape[1:]) == (torch.bool, (6,))

@@ -53,11 +53,11 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 def _computes_as(module: nn.Module, cls: type) -> bool:
     """Whether the methods that make up the forward are the registered class's own."""
-    methods = {name for name, value in vars(cls).items() if callable(value) and not name.startswith("__")}
-    methods = (methods | {"forward"}) - _OUTSIDE_FORWARD
+    own = (vars(base).items() for base in cls.__mro__ if base not in nn.Module.__mro__)
+    methods = {name for items in own for name, value in items if callable(value) and not name.startswith("__")}
     return all(
-        getattr(type(module), name, None) is getattr(cls, name, None) and _patch(module, name) is None
-        for name in methods
+        getattr(type(module), name) is getattr(cls, name) and _patch(module, name) is None
+        for name in methods - _OUTSIDE_FORWARD
     )
 
 
