@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fastclip.module import clipper_of
-from fastclip.trial import NoDropout
+from fastclip.trial_modes import NoDropout, differentiable
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -23,8 +23,8 @@ def check_units(model: nn.Module, loss_fn: LossFunction, batch: Any, *, max_unit
     any nesting of dicts, lists and tuples. Gradients, ``p.grad`` and the training mode stay as they are; dropout is off.
 
     Raises ValueError, naming what was seen, if the losses are not one per unit; if a unit's loss or gradient in the batch
-    differs from the same unit's alone (losses averaged over the batch's tokens, BatchNorm, in-batch negatives); if inf or
-    NaN in one unit reaches another.
+    differs from the same unit's alone (losses averaged over the batch's tokens, BatchNorm, in-batch negatives), or the gradient
+    of several from the sum of theirs (hooks that rescale by the whole gradient); if inf or NaN in one unit reaches another.
     """
     leaves, spec = tree_flatten(batch)
     sizes = {x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim() > 0} - {1}
@@ -44,16 +44,26 @@ def check_units(model: nn.Module, loss_fn: LossFunction, batch: Any, *, max_unit
             raise ValueError(f"loss_fn must return one loss per unit, shape [{expected}], got {shape}")
         return out
 
-    with clipper.suspended() if clipper is not None else nullcontext(), NoDropout():
+    with clipper.suspended() if clipper is not None else nullcontext(), NoDropout(), differentiable():
         together = losses(batch, count)
         chosen = list(range(min(count, max_units)))
+        summed: list[Tensor | None] = [None] * len(params)
         for i in chosen:
             last = i == chosen[-1]
             in_batch = torch.autograd.grad(together[i], params, retain_graph=not last, allow_unused=True)
             single = losses(pick([i]), 1)
             alone = torch.autograd.grad(single[0], params, allow_unused=True)
             _compare(i, together[i].detach(), single[0].detach(), in_batch, alone)
+            summed = [x if y is None else y if x is None else x + y for x, y in zip(summed, alone, strict=True)]
         if count > 1:
+            # A hook that rescales by the whole gradient shows only where several units' losses go back together.
+            few = losses(pick(chosen), len(chosen))
+            _same_gradient(
+                f"the gradient of {len(chosen)} units together differs from the sum of each one's alone",
+                few.dtype,
+                torch.autograd.grad(few.sum(), params, allow_unused=True),
+                summed,
+            )
             with torch.no_grad():
                 _check_poison(model, losses, batch, leaves, spec, count, together.detach())
 
@@ -63,25 +73,32 @@ def _rows(x: Any, count: int, index: Sequence[int]) -> Any:
 
 
 def _compare(unit: int, loss: Tensor, single: Tensor, in_batch: Sequence[Any], alone: Sequence[Any]) -> None:
-    tolerance = 1e-3 if loss.dtype in (torch.float32, torch.float64) else 5e-2
-    if not torch.allclose(loss, single, rtol=tolerance, atol=1e-6):
+    if not torch.allclose(loss, single, rtol=_tolerance(loss.dtype), atol=1e-6):
         raise ValueError(
             f"unit {unit}'s loss is {float(loss):.6g} in the batch and {float(single):.6g} alone: the loss or the model mixes "
             "units (a mean over the batch's tokens, batch statistics, in-batch negatives); make each unit's loss its own"
         )
+    _same_gradient(f"unit {unit}'s gradient in the batch differs from its gradient alone", loss.dtype, in_batch, alone)
+
+
+def _same_gradient(what: str, dtype: torch.dtype, found: Sequence[Any], wanted: Sequence[Any]) -> None:
     difference = scale = 0.0
-    for x, y in zip(in_batch, alone, strict=True):
+    for x, y in zip(found, wanted, strict=True):
         x, y = (None if t is None else t.double() for t in (x, y))
         if x is not None:
             difference += float((x if y is None else x - y).square().sum())
             scale += float(x.square().sum())
         elif y is not None:
             difference += float(y.square().sum())
-    if difference**0.5 > tolerance * scale**0.5 + 1e-9:
+    if difference**0.5 > _tolerance(dtype) * scale**0.5 + 1e-9:
         raise ValueError(
-            f"unit {unit}'s gradient in the batch differs from its gradient alone by {difference**0.5:.3g} of "
-            f"{scale**0.5:.3g}: the model or the loss mixes units; remove what lets one see another"
+            f"{what} by {difference**0.5:.3g} of {scale**0.5:.3g}: the model or the loss mixes units; remove what lets one see "
+            "another"
         )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def _check_poison(

@@ -53,11 +53,17 @@ def find_law(small: Sequence[Any], large: Sequence[Any]) -> Law:
     return Law(dims[first], large[first].shape[dims[first]] == 3, batched, tuple(large[first].shape))
 
 
+def packed_dim(x: Tensor, rows: int) -> int | None:
+    """The dimension of x ``[N, ...]`` or ``[1, N, ...]`` that holds the packed rows; None if none does."""
+    if x.dim() and x.shape[0] == rows:
+        return 0
+    return 1 if x.dim() > 1 and tuple(x.shape[:2]) == (1, rows) else None
+
+
 def packed_rows(x: Tensor, rows: int) -> Tensor | None:
     """x ``[N, ...]`` or ``[1, N, ...]`` as ``[N, ...]``; None if it does not hold the packed rows."""
-    if x.dim() and x.shape[0] == rows:
-        return x
-    return x[0] if x.dim() > 1 and tuple(x.shape[:2]) == (1, rows) else None
+    dim = packed_dim(x, rows)
+    return None if dim is None else x[0] if dim else x
 
 
 def call_key(model: nn.Module, leaves: Sequence[Any], spec: Any, examples: int | None) -> tuple[Any, ...]:

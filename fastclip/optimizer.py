@@ -10,6 +10,7 @@ public expected batch size, never the realised one. After ``step()`` ``p.grad`` 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any, Protocol
@@ -28,7 +29,9 @@ from fastclip.units import PrivacyUnits
 class DrawSource(Protocol):
     """What the optimizer reads from a sampler: the id of the draw that was handed out last, and its expected size.
 
-    One that also has ``current_units``, the number of units in that draw, has it checked that no more enter the sum.
+    Three more attributes are used where they exist. ``current_units``, the number of units in that draw: no more may enter
+    the sum. ``previous_draw``, the draw before it in the same loop: it must have been released. ``sampler``: whose draws
+    these are, so that a draw is released once whoever hands it out.
     """
 
     @property
@@ -36,6 +39,10 @@ class DrawSource(Protocol):
 
     @property
     def expected_batch_size(self) -> float: ...
+
+
+# The draws of each sampler that some optimizer released.
+_RELEASED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 class DPOptimizer(Optimizer):
@@ -81,7 +88,9 @@ class DPOptimizer(Optimizer):
         self._pending_draw: int | None = None
         self._num_entered = 0
         self._clipped_to: float | None = None
-        self._released_draw: int | None = None
+        self._released: set[int] = set()  # of the sampler's draws, by this optimizer or another
+        if sampler is not None:
+            self._released = _RELEASED.setdefault(getattr(sampler, "sampler", sampler), set())
         held = list(self._parameters())
         if len(set(held)) < len(held):
             raise ValueError("the optimizer holds a parameter twice: it would get noise and a step twice")
@@ -183,7 +192,8 @@ class DPOptimizer(Optimizer):
         finally:
             self.noise.advance()
             self._forget()
-            self._released_draw = self.sampler.current_draw if self.sampler is not None else None
+            if self.sampler is not None and self.sampler.current_draw is not None:
+                self._released.add(self.sampler.current_draw)
         self._releasing = True
         try:
             self.original_optimizer.step()
@@ -207,8 +217,17 @@ class DPOptimizer(Optimizer):
             self.clipper.sums.check(name, p)
         if self.sampler is not None:
             draw = self.sampler.current_draw
-            if draw is None or draw == self._released_draw:
-                raise RuntimeError(f"draw {draw} was released already: one step() for each draw of the sampler")
+            if draw is None or draw in self._released:
+                raise RuntimeError(
+                    f"draw {draw} was released already: one step() for each draw of the sampler, by one optimizer for all "
+                    "that is trained"
+                )
+            skipped = getattr(self.sampler, "previous_draw", None)
+            if skipped is not None and skipped not in self._released:
+                raise RuntimeError(
+                    f"draw {skipped} was handed out and never released: an empty or failed draw gets its step() too, which "
+                    "then is noise alone; and only PoissonLoader follows a loop whose worker processes run ahead of it"
+                )
 
     def _add_noise(self) -> None:
         std, offset, sums = self.noise_std, 0, self.clipper.sums
@@ -239,7 +258,7 @@ class DPOptimizer(Optimizer):
         """Called by the clipper before a backward's sum is added. Raises RuntimeError if it must not be."""
         if self.sampler is not None:
             draw = self.sampler.current_draw
-            if draw is None or draw == self._released_draw:
+            if draw is None or draw in self._released:
                 raise RuntimeError(
                     f"draw {draw} was released already, and a backward of it came after: step() must be last"
                 )

@@ -13,6 +13,8 @@ Guarantees and edge cases:
   holds for such a run; `seeded` says so.
 - Empty draws are draws. Each still has to be released, as noise alone.
 - Draw ids start at 0, grow by one over the sampler's life whatever iterator they went to, and never come twice.
+- A sampler hands out `steps` draws in its life, because that many are what an accountant was told of: a second loop goes
+  on where the first was left, and one that finds none left is refused.
 - `expected_batch_size` is q times the number of units: public, and never the size of an actual draw.
 """
 
@@ -36,15 +38,16 @@ _CHUNK = 2**20
 
 
 class PoissonSampler(Sampler[list[int]]):
-    """Yields `steps` draws each time it is iterated: sorted indices in [0, num_units), possibly none.
+    """Yields `steps` draws, all loops over it together: sorted indices in [0, num_units), possibly none.
 
-    num_units: how many units there are. steps: draws an iteration yields, 1 or more.
+    num_units: how many units there are. steps: draws of the whole run, over all its epochs, 1 or more.
     sample_rate: q in (0, 1]; or else expected_batch_size: q * num_units. Give exactly one.
     seed: an int makes the draws repeatable and the run not private.
 
     Attributes: num_units, num_examples (here the same), steps, sample_rate, expected_batch_size; released, how many
-    draws were handed out so far over all iterations.
-    Raises ValueError for bad input.
+    draws were handed out so far over all loops; current_units and previous_draw, the current draw's number of units and
+    the draw before it in the same loop, None before the first.
+    Raises ValueError for bad input, and RuntimeError from a loop that finds no draw left.
     """
 
     def __init__(
@@ -73,7 +76,8 @@ class PoissonSampler(Sampler[list[int]]):
             raise ValueError(f"seed={seed!r} is not an int; leave it out for a private run")
         self.num_units = int(num_units)
         self.num_examples = self.num_units
-        self.current_units: int | None = None  # how many units the current draw has: private, like the draw
+        self.current_units: int | None = None  # private, like the draw
+        self.previous_draw: int | None = None
         self.steps = int(steps)
         self.sample_rate = float(sample_rate)
         self.expected_batch_size = float(expected_batch_size)
@@ -95,15 +99,23 @@ class PoissonSampler(Sampler[list[int]]):
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for _ in range(self.steps):
+        if self.released >= self.steps:
+            raise RuntimeError(
+                f"all {self.steps} draws were handed out, and more would cost more than was accounted for: make the sampler "
+                "with steps= all steps of the run (epochs times steps an epoch) and loop over it once"
+            )
+        previous = None
+        while self.released < self.steps:
             # Counted before it is drawn: whatever fails from here on, this id and its words are never used again.
             draw = self.released
             self.released += 1
             indices, self.current_units = self._drawn(_Words(self._key, draw))
+            self.previous_draw, previous = previous, draw
             yield indices
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**{name: value for name, value in self.__dict__.items() if name != "_key"}, "current_units": None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_key"}
+        return {**kept, "current_units": None, "previous_draw": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -216,8 +228,8 @@ class PoissonLoader:
 
     dataset: maps an index to an example. collate_fn: list of examples to batch; by default torch's.
     options: further arguments of `torch.utils.data.DataLoader`, but none about which examples come when.
-    Attributes: current_draw, current_indices (the draw's example indices) and current_units (how many units were drawn),
-    None before the first batch.
+    Attributes: sampler; current_draw, current_indices (the draw's example indices), current_units (how many units were
+    drawn) and previous_draw (the draw before it in the same loop), None before the first batch.
     Raises ValueError for bad input.
     """
 
@@ -238,28 +250,29 @@ class PoissonLoader:
                 f"dataset has {size} examples, the sampler draws from {sampler.num_examples}; make them match"
             )
         self._dataset = dataset
-        self._sampler = sampler
+        self.sampler = sampler
         self._collate = _Collate(default_collate if collate_fn is None else collate_fn, dataset[0])
         self._options = {"num_workers": num_workers, **options}
         self.current_draw: int | None = None
         self.current_indices: list[int] | None = None
         self.current_units: int | None = None
+        self.previous_draw: int | None = None
 
     @property
     def steps(self) -> int:
-        return self._sampler.steps
+        return self.sampler.steps
 
     @property
     def sample_rate(self) -> float:
-        return self._sampler.sample_rate
+        return self.sampler.sample_rate
 
     @property
     def expected_batch_size(self) -> float:
-        return self._sampler.expected_batch_size
+        return self.sampler.expected_batch_size
 
     @property
     def seeded(self) -> bool:
-        return self._sampler.seeded
+        return self.sampler.seeded
 
     def __len__(self) -> int:
         return self.steps
@@ -268,13 +281,15 @@ class PoissonLoader:
         ahead: deque[tuple[int | None, list[int], int | None]] = deque()
         batches: DataLoader[Any] = DataLoader(
             self._dataset,  # type: ignore[arg-type]
-            batch_sampler=_Noted(self._sampler, ahead),
+            batch_sampler=_Noted(self.sampler, ahead),
             collate_fn=self._collate,
             **self._options,
         )
         # Batches come back in the order in which their indices went out.
+        previous = None
         for batch in batches:
             self.current_draw, self.current_indices, self.current_units = ahead.popleft()
+            self.previous_draw, previous = previous, self.current_draw
             yield batch
 
 

@@ -4,11 +4,12 @@ Nothing is guessed from one shape. The model runs without gradients and without 
 on three, on three with one changed (the first, then the last), and on the whole batch. The dimension of a layer's input
 that grows with the number of examples is its batch dimension, whatever other sizes happen to equal B; a change in one
 example must reach no row of another at any layer's input or at the output; three examples must have the same rows alone
-as in the whole batch; an output without a batch dimension (a loss) must be a sum of one term an example. Modules that use
-parameters in code of their own are tried with copies (copies.py).
+as in the whole batch; an output without a batch dimension (a loss) must be a sum of one term an example. The gradients that
+go back from the output are tried in the same way (coupling.py). Modules that use parameters in code of their own are tried
+with copies (copies.py).
 
-Not seen here: what happens behind the model's output (check_units), what couples examples in backward alone (tensor hooks,
-custom backwards), and code that runs only for content that the first batch and its changes do not have.
+Not seen here: what happens behind the model's output (check_units), and code that runs only for content that the first batch
+and its changes do not have.
 """
 
 from __future__ import annotations
@@ -17,55 +18,24 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastclip.copies import Run, choose, no_batch_dim, same
+from fastclip.coupling import Gradients, Outputs, coupled, gradients, weights
 from fastclip.layers.bare import Targets
-from fastclip.layout import Law, find_law, growing_dim, packed_rows
+from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows
+from fastclip.trial_modes import NoDropout, Picks, differentiable
 from fastclip.units import PrivacyUnits
 
 # Runs of one shape go through the same kernels: what remains is another path through attention for another mask.
 _SAME_SHAPE = 1e-5
 _OTHER_SHAPE = 1e-4
-
-
-class NoDropout(TorchFunctionMode):
-    """Dropout draws by position in the batch; without it an example alone and in the batch can be compared."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-            args = args[:4] + args[5:] if len(args) == 5 else args
-        elif "dropout" in getattr(func, "__name__", ""):
-            return args[0] if args else kwargs["input"]
-        return func(*args, **kwargs)
-
-
-class _Picks(TorchDispatchMode):
-    """Notices operations whose number of rows depends on what the rows hold."""
-
-    _OPS = (torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.unique_consecutive)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = func.overloadpacket
-        if packet in self._OPS:
-            self.seen = True
-        elif packet is torch.ops.aten.index:
-            self.seen |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        return func(*args, **(kwargs or {}))
 
 
 def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
@@ -86,8 +56,11 @@ def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
     candidates += [row for row in others if row.shape == x.shape]
     if others.dtype != torch.bool and "mask" not in name:
         # Other values, not only another order: what only adds rows up would not notice that.
-        low, high = int(others.min()), int(others.max())
-        candidates = [low + high - x, *candidates, torch.full_like(x, low), torch.full_like(x, high)]
+        # Ignored labels stay ignored: half way between them and the rest nothing is valid.
+        valid = others[others != -100]
+        low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
+        candidates = [torch.where(x == -100, x, low + high - x), *candidates]
+        candidates += [torch.full_like(x, low), torch.full_like(x, high)]
     return next((c for c in candidates if not torch.equal(c, x)), x)
 
 
@@ -110,7 +83,7 @@ class Probe:
         self._names, self._leaves, self._batched = names, leaves, batched
         self._buffers = {name: b.clone() for name, b in model.named_buffers()}
         self._left: dict[str, Tensor] = {}  # buffers as the last run left them
-        self._picks = _Picks()
+        self._picks = Picks()
         self._picker: str | None = None  # the first layer that runs on rows picked by what they hold
         self._keep: Callable[[str, Tensor], Tensor] | None = None  # what is kept of each layer's input
         self._seen: dict[str, list[list[Any]]] = {}
@@ -118,6 +91,7 @@ class Probe:
         self._plain_out: list[Any] = []  # three examples as they are: output leaves, and inputs of layers
         self._plain_seen: dict[str, list[list[Any]]] = {}
         self._visit: Callable[[str, Run, Any], Any] | None = None  # another thing to do at each layer
+        self._outputs: Outputs | None = None  # what layers answered with, where a run is differentiated
         self.laws: dict[str, Law] = {}
         self.varying: set[str] = set()  # layers whose number of calls depends on the number of examples
         self.changed = False  # whether there were two different inputs to compare
@@ -131,7 +105,10 @@ class Probe:
         if self._keep is not None:
             kept = [self._keep(name, x.detach()).clone() if isinstance(x, Tensor) else None for x in tree_leaves(args)]
             self._seen.setdefault(name, []).append(kept)
-        return forward(*args[0], **args[1])
+        out = forward(*args[0], **args[1])
+        if self._outputs is not None:
+            self._outputs += [(name, x) for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+        return out
 
     def _call(self, inputs: Sequence[Any], keep: Callable[[str, Tensor], Tensor] | None) -> list[Any]:
         """Output leaves of the model on these argument leaves, from the same buffers and random state every time."""
@@ -163,6 +140,9 @@ class Probe:
         self, examples: int, changed: Sequence[int] = (), record: bool = False, strongly: Sequence[int] = (1, 2)
     ) -> list[Any]:
         """Output leaves for the first ``examples`` examples (repeated if there are fewer), some of them changed."""
+        return self._call(self._inputs(examples, changed, strongly), (lambda _name, x: x) if record else None)
+
+    def _inputs(self, examples: int, changed: Sequence[int], strongly: Sequence[int]) -> list[Any]:
         inputs = []
         for name, leaf, is_batched in zip(self._names, self._leaves, self._batched, strict=True):
             if is_batched:
@@ -173,7 +153,19 @@ class Probe:
                     self.changed = self.changed or not torch.equal(other, leaf[i])
                     leaf[i] = other
             inputs.append(leaf)
-        return self._call(inputs, (lambda _name, x: x) if record else None)
+        return inputs
+
+    def _differentiate(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]) -> Gradients:
+        """Gradients of the model's weighed output leaves at all layers' outputs. weigh: weights of leaf i, of its shape."""
+        self._outputs = []
+        try:
+            with torch.enable_grad(), differentiable():
+                out = self._call(inputs, None)
+                layers, self._outputs = self._outputs, None
+                with NoDropout():
+                    return gradients(out, layers, weigh)
+        finally:
+            self._outputs = None
 
     def find_laws(self, bare: set[str]) -> None:
         """Fill ``laws``; comes before every other trial. bare: names of modules that use parameters of their own.
@@ -209,6 +201,7 @@ class Probe:
                     "the model writes what it sees into a buffer, which would be published without noise: do not"
                 )
         self._check_additive()
+        self._check_backward()
         self._check_whole_batch()
         if self._picks.seen:
             raise ValueError(
@@ -254,6 +247,22 @@ class Probe:
                     "examples are not independent in the loss that the model returns (a mean over the batch's tokens, "
                     "negatives from the batch): compute one loss per example from its logits, as fastclip.huggingface does"
                 )
+
+    def _check_backward(self) -> None:
+        """Changing one example, and the gradient that comes back to it, changes no other's gradient at any layer."""
+        small = self._differentiate(self._inputs(2, (), ()), lambda _i, x: torch.ones_like(x))
+        dims = [growing_dim(s, x) for s, x in zip(self._small_out, self._plain_out, strict=True)]
+        runs = [
+            self._differentiate(self._inputs(3, changed, (2,)), partial(_weigh_rows, dims, changed))
+            for changed in ((), (0,), (2,))
+        ]
+        plain = runs[0]
+        for changed, other in ((0, runs[1]), (2, runs[2])):
+            rest = [i for i in range(3) if i != changed]
+            for (name, x), (_, y), (_, s) in zip(plain, other, small, strict=True):
+                dim = growing_dim(s, x)
+                if x is not None and dim is not None and not _rows_same(x, y, dim, rest, _OTHER_SHAPE):
+                    raise ValueError(coupled(name))
 
     def _check_whole_batch(self) -> None:
         """Three examples have the same rows in the whole batch as alone."""
@@ -302,6 +311,8 @@ class Probe:
                 x, y = (packed_rows(t, rows) if isinstance(t, Tensor) else None for t in (x, y))
                 if strict and x is not None and y is not None and not same(x[keep], y[keep], _SAME_SHAPE):
                     raise ValueError(f"segments of the packed batch are not independent at {where}")
+            if strict:
+                self._check_packed_backward(inputs, range(start, stop), rows)
         self.changed = self.changed and len(segments) > 1
         for name in bare:
             if name in self._plain_seen:
@@ -310,6 +321,17 @@ class Probe:
                 batched = tuple(i == first for i in range(len(call)))
                 self.laws[name] = Law(0, True, batched, tuple(call[first].shape))
         self._choose_packed(bare, rows)
+
+    def _check_packed_backward(self, inputs: Sequence[Any], changed: Sequence[int], rows: int) -> None:
+        def weigh(moved: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+            return lambda _i, x: weights(x, packed_dim(x, rows), rows, moved)
+
+        keep = [i for i in range(rows) if i not in changed]
+        runs = self._differentiate(self._leaves, weigh(())), self._differentiate(inputs, weigh(changed))
+        for (name, x), (_, y) in zip(*runs, strict=True):
+            x, y = (packed_rows(t, rows) if t is not None else None for t in (x, y))
+            if x is not None and y is not None and not same(x[keep], y[keep], _OTHER_SHAPE):
+                raise ValueError(coupled(name))
 
     def _change_rows(self, name: str, x: Tensor, rows: int, start: int, stop: int, strongly: bool) -> Tensor:
         out = x.detach().clone()
@@ -397,6 +419,10 @@ class Probe:
                 raise ValueError(no_batch_dim(names))
 
 
+def _weigh_rows(dims: Sequence[int | None], changed: Sequence[int], leaf: int, x: Tensor) -> Tensor:
+    return weights(x, dims[leaf], 3, changed)
+
+
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -428,14 +454,14 @@ def _output_leaves(out: Any, inside: set[int]) -> list[Any]:
     return [leaf for part in parts for leaf in _output_leaves(part, inside | {id(out)})] if parts else [out]
 
 
-def _rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int]) -> bool:
+def _rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int], tolerance: float = _SAME_SHAPE) -> bool:
     """Whether the rows of these of three examples are the same; without a batch dimension, whether all is."""
     if not isinstance(y, Tensor) or x.shape != y.shape:
         return False
     if dim is None:
-        return same(x, y, _SAME_SHAPE)
+        return same(x, y, tolerance)
     x, y = (t.movedim(dim, 0).unflatten(0, (3, -1))[list(examples)] for t in (x, y))
-    return same(x, y, _SAME_SHAPE)
+    return same(x, y, tolerance)
 
 
 @contextmanager

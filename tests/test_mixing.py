@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 import types
 
 import pytest
@@ -370,3 +371,104 @@ def test_losses_of_the_whole_batch_in_any_wrapping(wrap):
     fastclip.attach(model, 1.0, loss_reduction="mean")
     with pytest.raises(ValueError, match="not independent in the loss"):
         model(torch.randn(SIZE, WIDTH), torch.randn(SIZE, WIDTH))
+
+
+class MeanPenalty(torch.autograd.Function):
+    """Passes h on, and adds the gradient of a penalty on the batch's mean."""
+
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        return grad + h.mean(0).expand_as(h)
+
+
+def hooked(rescale):
+    def mix(h):
+        if h.requires_grad:
+            h.register_hook(rescale)
+        return h
+
+    return mix
+
+
+def straight_through(h):
+    mean = h.mean(0)
+    return h + mean - mean.detach()
+
+
+COUPLINGS = {
+    "custom backward": MeanPenalty.apply,
+    "hook that normalises": hooked(lambda g: g / g.norm()),
+    "hook that averages": hooked(lambda g: g - g.mean(0)),
+    "straight-through mean": straight_through,
+    "checkpointed": lambda h: checkpoint(straight_through, h, use_reentrant=False),
+    "checkpointed, reentrant": lambda h: checkpoint(straight_through, h, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("mix", COUPLINGS.values(), ids=COUPLINGS)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_coupling_in_the_backward_alone(mix, packed):
+    model = Mixer(mix)
+    clipper = fastclip.attach(model, 1.0)
+    with pytest.raises(ValueError, match="in the backward of the model"):
+        if packed:
+            with clipper.units(offsets=[0, 2, 5, 9]):
+                model(torch.randn(9, WIDTH))
+        else:
+            model(**whole())
+    clipper.detach()
+    with pytest.raises(ValueError, match="mixes units"):
+        fastclip.check_units(model, lambda m, b: m(b).square().sum((1, 2)), torch.randn(SIZE, LENGTH, WIDTH))
+
+
+@pytest.mark.parametrize("scale", [lambda g: 2 * g, lambda g: g / g.flatten(1).norm(dim=1)[:, None, None]])
+def test_hooks_that_keep_to_one_example_are_followed(scale):
+    model = Mixer(hooked(scale))
+    x = whole()["x"]
+    alone = [torch.autograd.grad(model(row[None]).square().sum(), list(model.parameters())) for row in x]
+    fastclip.check_units(model, lambda m, b: m(b).square().sum((1, 2)), x)
+    clipper = fastclip.attach(model, 1e6)
+    model(x).square().sum().backward()
+    wanted = torch.stack([torch.cat([g.flatten() for g in grads]).norm() for grads in alone])
+    torch.testing.assert_close(clipper.unit_norms, wanted)
+
+
+def test_recomputation_comes_back_when_trials_of_two_threads_end():
+    original = torch.utils.checkpoint.CheckpointFunction
+    both = threading.Barrier(2)
+
+    def mix(h):
+        both.wait(10)  # inside the trial of each
+        return h
+
+    def try_one():
+        fastclip.check_units(Mixer(mix), lambda m, b: m(b).square().sum((1, 2)), torch.randn(3, LENGTH, WIDTH))
+
+    threads = [threading.Thread(target=try_one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.utils.checkpoint.CheckpointFunction is original
+    assert not both.broken
+
+
+def test_a_mean_over_the_tokens_of_a_packed_batch_inside_the_model():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(WIDTH, 8), nn.Linear(8, 3)
+
+        def forward(self, x, labels):
+            return F.cross_entropy(self.outer(self.inner(x)), labels)
+
+    clipper = fastclip.attach(Tagger(), 1.0)
+    labels = torch.tensor([0, 1, 2, 0, 1, -100, 1, 2, 0])
+    with pytest.raises(ValueError, match="in the backward of the model"), clipper.units(offsets=[0, 2, 5, 9]):
+        clipper.model(torch.randn(9, WIDTH), labels=labels)

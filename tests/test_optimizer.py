@@ -229,6 +229,56 @@ def test_one_release_is_one_draw():
         optimizer.step()
 
 
+def test_two_optimizers_do_not_release_one_draw_between_them():
+    model = nn.Sequential(net(), nn.Linear(2, 2))
+    sampler = fastclip.PoissonSampler(20, steps=2, sample_rate=1.0)
+    loader = fastclip.PoissonLoader(torch.randn(20, 3), sampler)
+    kwargs = {"expected_batch_size": None, "noise_multiplier": 1.0}
+    first = wrap(model[0], sampler=loader, **kwargs)
+    second = wrap(model[1], sampler=sampler, **kwargs)
+    for _ in loader:
+        clear_and_step(first)
+        with pytest.raises(RuntimeError, match="released already"):
+            second.step()
+    model[0].zero_grad()
+    again = wrap(model[0], sampler=sampler, **kwargs)
+    with pytest.raises(RuntimeError, match="released already"):
+        again.step()
+
+
+def test_no_draw_of_a_loop_is_skipped():
+    model = net()
+    sampler = fastclip.PoissonSampler(20, steps=9, sample_rate=0.2)
+    loader = fastclip.PoissonLoader(torch.randn(20, 3), sampler)
+    optimizer = wrap(model, sampler=loader, expected_batch_size=None, noise_multiplier=1.0)
+    for _ in loader:  # a look at the first batch, then the loop
+        break
+    batches = iter(loader)
+    next(batches)
+    clear_and_step(optimizer)
+    next(batches)  # "nothing in it, so nothing to do"
+    x = next(batches)
+    with pytest.raises(RuntimeError, match="draw 2 was handed out and never released"):
+        clear_and_step(optimizer)
+    assert x.shape[1] == 3
+    next(iter(loader))
+    clear_and_step(optimizer)  # a new loop goes on
+
+
+def test_a_sampler_that_runs_ahead_of_the_loop_is_refused():
+    model = net()
+    sampler = fastclip.PoissonSampler(20, steps=9, sample_rate=1.0)
+    optimizer = wrap(model, sampler=sampler, expected_batch_size=None)
+    for _ in torch.utils.data.DataLoader(torch.randn(20, 3), batch_sampler=sampler):
+        clear_and_step(optimizer)
+        if sampler.released == 2:
+            break
+    for _ in torch.utils.data.DataLoader(torch.randn(20, 3), batch_sampler=sampler, num_workers=1):
+        with pytest.raises(RuntimeError, match="only PoissonLoader follows"):
+            clear_and_step(optimizer)
+        break
+
+
 def test_release_hooks_come_first_and_may_stop_it():
     model = net()
     optimizer = wrap(model, noise_multiplier=1.0)

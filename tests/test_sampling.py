@@ -102,19 +102,24 @@ def test_draws_are_sorted_lists_of_ints():
         assert drawn == sorted(set(drawn)) and 0 <= drawn[0] <= drawn[-1] < 100
 
 
-def test_ids_grow_by_one_over_all_iterations():
-    sampler = PoissonSampler(10, steps=3, sample_rate=0.5)
-    assert (sampler.current_draw, sampler.released, len(sampler)) == (None, 0, 3)
+def test_ids_grow_by_one_over_all_loops_and_end_with_the_steps():
+    sampler = PoissonSampler(10, steps=6, sample_rate=0.5)
+    assert (sampler.current_draw, sampler.released, len(sampler)) == (None, 0, 6)
     seen = []
-    for _ in range(2):
-        for _ in sampler:
-            seen.append(sampler.current_draw)
+    for _ in sampler:
+        seen.append((sampler.current_draw, sampler.previous_draw))
+        if len(seen) == 2:
+            break
     first, second = iter(sampler), iter(sampler)
-    for iterator in (first, second, first):
+    for iterator in (first, second, first, second):
         next(iterator)
-        seen.append(sampler.current_draw)
-    assert seen == list(range(9))
-    assert sampler.released == 9
+        seen.append((sampler.current_draw, sampler.previous_draw))
+    assert seen == [(0, None), (1, 0), (2, None), (3, None), (4, 2), (5, 3)]
+    assert next(first, None) is None
+    with pytest.raises(RuntimeError, match="all 6 draws were handed out"):
+        next(iter(sampler))
+    with pytest.raises(RuntimeError, match="all 6 draws were handed out"):
+        list(PoissonLoader(Numbers(), sampler))
 
 
 def test_rate_and_expected_size_are_two_sides_of_one_number():
@@ -157,11 +162,14 @@ def make(kind, seed=None):
 @pytest.mark.parametrize("kind", ["examples", "users"])
 def test_seed_repeats_draws_and_is_said(kind):
     first, second, other = make(kind, 7), make(kind, 7), make(kind, 8)
-    draws = list(first)
-    assert draws == list(second) != list(other)
-    assert list(first) == list(second) != draws
     assert first.seeded and not make(kind).seeded
-    assert list(pickle.loads(pickle.dumps(first))) == list(copy.deepcopy(first)) == list(second)
+    drawn = [next(iter(s)) for s in (first, second, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    copies = pickle.loads(pickle.dumps(first)), copy.deepcopy(first)
+    rest = list(first)
+    assert rest == list(second) != list(other)
+    assert all(list(copied) == rest for copied in copies)
+    assert drawn[0] not in rest
 
 
 def test_seeded_draws_stay_what_they_were():
@@ -381,7 +389,7 @@ def test_loader_says_which_draw_the_loop_holds(workers):
 
 
 def test_leaving_a_loop_early_never_repeats_a_draw():
-    sampler = PoissonSampler(20, steps=6, sample_rate=0.5)
+    sampler = PoissonSampler(20, steps=9, sample_rate=0.5)
     loader = PoissonLoader(Numbers(), sampler, num_workers=1)
     for _ in loader:
         break
@@ -392,7 +400,7 @@ def test_leaving_a_loop_early_never_repeats_a_draw():
     for batch in loader:
         held.append(loader.current_draw)
         assert batch["input_ids"][:, 0].tolist() == loader.current_indices
-    assert held == list(range(fetched, fetched + 6))
+    assert held == list(range(fetched, 9))
 
 
 def test_loader_follows_users():

@@ -1,0 +1,81 @@
+"""What torch does otherwise while a model is tried: no dropout, a note of rows picked by content, no recomputation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint as checkpointing
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout draws by position in the batch; without it an example alone and in the batch can be compared."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+            args = args[:4] + args[5:] if len(args) == 5 else args
+        elif "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+class Picks(TorchDispatchMode):
+    """Notices operations whose number of rows depends on what the rows hold."""
+
+    _OPS = (torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten.unique_consecutive)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet in self._OPS:
+            self.seen = True
+        elif packet is torch.ops.aten.index:
+            self.seen |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+class _NoRecomputation:
+    """Stands for reentrant checkpointing, which autograd.grad refuses, in the threads that are inside `differentiable`."""
+
+    original = checkpointing.CheckpointFunction
+    inside = threading.local()
+    lock = threading.Lock()
+    threads = 0
+
+    @classmethod
+    def apply(cls, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if getattr(cls.inside, "here", False):
+            return function(*args)
+        return cls.original.apply(function, preserve_rng_state, *args)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Inside, what this thread runs under ``torch.utils.checkpoint`` can be differentiated by autograd.grad."""
+    stand_in = _NoRecomputation
+    outer = getattr(stand_in.inside, "here", False)
+    with stand_in.lock:
+        if stand_in.threads == 0:
+            stand_in.original = checkpointing.CheckpointFunction
+            setattr(checkpointing, "CheckpointFunction", stand_in)  # noqa: B010 (a type, to mypy)
+        stand_in.threads += 1
+    stand_in.inside.here = True
+    try:
+        yield
+    finally:
+        stand_in.inside.here = outer
+        with stand_in.lock:
+            stand_in.threads -= 1
+            if stand_in.threads == 0:
+                setattr(checkpointing, "CheckpointFunction", stand_in.original)  # noqa: B010
