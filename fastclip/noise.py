@@ -143,9 +143,7 @@ class NoiseSource:
         out = grad_sum if out is None else out
         std, scale, purpose = float(std), float(scale), Purpose(purpose)
         _check(grad_sum, std, scale, offset, out)
-        self._leave_parent()
-        start, stop = offset, offset + grad_sum.numel()
-        if start == stop:
+        if not grad_sum.numel():
             return out
 
         clean = grad_sum.detach().cpu().contiguous().view(-1)
@@ -153,12 +151,20 @@ class NoiseSource:
         noisy = out.detach().view(-1) if in_place else torch.empty(clean.shape, dtype=out.dtype)
         if _overlap(clean, noisy):
             clean = clean.clone()
-        here, key = nonce(self._step, purpose, self._seeded), self._key
-        self._reserve(purpose, start, stop)
-        ops.add_noise(clean, noisy, std, key, here, start, scale)
+        ops.add_noise(clean, noisy, self.spend(offset, grad_sum.numel(), std, scale, purpose))
         if not in_place:
             out.detach().copy_(noisy.view(out.shape))
         return out
+
+    def spend(self, offset: int, count: int, std: float, scale: float, purpose: Purpose = Purpose.GRADIENT) -> ops.Draw:
+        """Takes elements [offset, offset + count) of this step: what is answered is to be drawn from once, at once.
+
+        For passes that do more than add noise; otherwise `add_`. Raises RuntimeError if some were drawn already.
+        """
+        self._leave_parent()
+        draw = ops.Draw(std, scale, self._key, nonce(self._step, purpose, self._seeded), offset)
+        self._reserve(purpose, offset, offset + count)
+        return draw
 
     def _take(self, key: Key) -> None:
         self._key = key

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -31,7 +32,15 @@ _SCHEMAS = {
     " -> ()",
     "clipped_sum": "(Tensor grads, Tensor factors, Tensor(a!) out) -> ()",
 }
-_NOISE = "(Tensor grad_sum, Tensor(a!) out, float std, float scale, Tensor key, int nonce, int block, int skip) -> ()"
+_DRAW = "float std, float scale, Tensor key, int nonce, int block, int skip"
+_NOISE_SCHEMAS = {
+    "add_noise": f"(Tensor grad_sum, Tensor(a!) out, {_DRAW}) -> ()",
+    "clip_accumulate_noise": f"(Tensor grad_samples, Tensor factors, Tensor(a!) out, {_DRAW}) -> ()",
+    "noise_adamw": f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, {_DRAW}, float lr, "
+    "float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
+    "noise_sgd": f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!)? momentum_buffer, {_DRAW}, float lr, float momentum, "
+    "float dampening, float weight_decay, bool nesterov, bool first) -> ()",
+}
 
 
 def _register() -> None:
@@ -62,8 +71,9 @@ def _register() -> None:
         fake: Callable[..., Any] = nothing_fake if mutates else special.get(name, norms_fake)
         torch.library.register_fake(f"fastclip::{name}", fake)
     # No default in Python: frames between the dispatcher and the function would hold the key.
-    torch.library.define("fastclip::add_noise", _NOISE)
-    torch.library.register_fake("fastclip::add_noise", nothing_fake)
+    for name, schema in _NOISE_SCHEMAS.items():
+        torch.library.define(f"fastclip::{name}", schema)
+        torch.library.register_fake(f"fastclip::{name}", nothing_fake)
     # What the compiled kernels make of given words, int64 [n, 8] to fp64 [n, 8]: fastclip.random.normals.
     torch.library.define("fastclip::box_muller", "(Tensor words) -> Tensor")
     torch.library.register_fake("fastclip::box_muller", lambda words: words.new_empty(words.shape, dtype=torch.float64))
@@ -89,7 +99,10 @@ def backends() -> dict[str, dict[str, str]]:
         "triton": {"state": "absent", "why": "no Triton kernels in this version: CUDA tensors run in plain torch"},
         "cpp": {"state": "absent", "why": _cpp_missing}
         if _cpp_missing
-        else {"state": "used", "why": "compiled: linear_norm and add_noise on CPU; other ops run in plain torch"},
+        else {
+            "state": "used",
+            "why": "compiled: all ops on CPU but row_norm_products, which runs in plain torch",
+        },
         "torch": {"state": "used", "why": "plain torch and numpy, every device"},
     }
 
@@ -102,6 +115,21 @@ def _check_backend(backend: Backend | None) -> None:
         raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
     if known[backend]["state"] == "absent":
         raise RuntimeError(f"backend={backend!r} cannot run: {known[backend]['why']}")
+
+
+def _run(name: str, backend: Backend | None, *args: Any) -> Any:
+    _check_backend(backend)
+    if backend == "torch":
+        return getattr(reference, name)(*args)
+    if backend == "cpp":
+        _check_cpu(name, *args)
+    return getattr(_ops, name)(*args)
+
+
+def _check_cpu(name: str, *args: Any) -> None:
+    devices = {str(x.device) for x in args if isinstance(x, Tensor)} - {"cpu"}
+    if devices:
+        raise RuntimeError(f'{name}: backend="cpp" cannot run on {", ".join(sorted(devices))}; leave backend out')
 
 
 def _check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
@@ -132,20 +160,16 @@ def linear_norm_parts(
     a: ``[N, d]``, g: ``[N, p]``, offsets: int32 ``[U + 1]``: :func:`fastclip.reference.linear_norm_parts`. Raises
     ValueError on shapes that do not fit or an unknown route, RuntimeError if ``backend`` cannot run.
     """
-    _check_backend(backend)
     if route not in ("auto", "gram", "direct"):
         raise ValueError(f'route must be "auto", "gram" or "direct", got {route!r}')
     _check_rows(offsets, a=a, g=g)
-    if backend == "torch":
-        return reference.linear_norm_parts(a, g, offsets, route)
-    return _ops.linear_norm_parts(a, g, offsets, route)
+    return _run("linear_norm_parts", backend, a, g, offsets, route)
 
 
 def row_norm_products(a: Tensor, g: Tensor, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:
     """fp64 ``[U]`` sums of ``|a_t||g_t|``: :func:`fastclip.reference.row_norm_products`. Raises as linear_norm."""
-    _check_backend(backend)
     _check_rows(offsets, a=a, g=g)
-    return _ops.row_norm_products(a, g, offsets)
+    return _run("row_norm_products", backend, a, g, offsets)
 
 
 def embedding_norm(
@@ -155,9 +179,8 @@ def embedding_norm(
 
     ids: int ``[N]``, g: ``[N, d]``, offsets: int32 ``[U + 1]``. Raises as linear_norm.
     """
-    _check_backend(backend)
     _check_rows(offsets, ids=ids, g=g)
-    return _ops.embedding_norm(ids, g, offsets, padding_idx)
+    return _run("embedding_norm", backend, ids, g, offsets, padding_idx)
 
 
 def tied_cross(
@@ -175,10 +198,9 @@ def tied_cross(
 
     h: ``[S, d]``, z: ``[S, V]``, ids: int ``[N]``, e: ``[N, d]``. Raises as linear_norm.
     """
-    _check_backend(backend)
     _check_rows(head_offsets, h=h, z=z)
     _check_rows(offsets, ids=ids, e=e)
-    return _ops.tied_cross(h, z, head_offsets, ids, e, offsets, padding_idx)
+    return _run("tied_cross", backend, h, z, head_offsets, ids, e, offsets, padding_idx)
 
 
 def affine_norm(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -186,16 +208,14 @@ def affine_norm(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Ba
 
     g, x_hat: ``[N, p]``, offsets: int32 ``[U + 1]``. Raises as linear_norm.
     """
-    _check_backend(backend)
     _check_rows(offsets, g=g, x_hat=x_hat)
-    return _ops.affine_norm(g, x_hat, offsets)
+    return _run("affine_norm", backend, g, x_hat, offsets)
 
 
 def segment_sum(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:
     """[U, p] sums of ``g_t`` or ``g_t * x_hat_t`` a unit: :func:`fastclip.reference.segment_sum`. Raises as linear_norm."""
-    _check_backend(backend)
     _check_rows(offsets, g=g, x_hat=x_hat)
-    return _ops.segment_sum(g, x_hat, offsets)
+    return _run("segment_sum", backend, g, x_hat, offsets)
 
 
 def clipped_gemm(
@@ -212,11 +232,10 @@ def clipped_gemm(
 
     a: ``[N, d]``, g: ``[N, p]``, factors: ``[U]``, out: fp32 or fp64 ``[p, d]``. Raises as linear_norm.
     """
-    _check_backend(backend)
     _check_rows(offsets, a=a, g=g)
     if out.shape != (g.shape[1], a.shape[1]):
         raise ValueError(f"out must have shape [{g.shape[1]}, {a.shape[1]}], got {list(out.shape)}")
-    _ops.clipped_gemm(a, g, offsets, factors, out, accumulate)
+    _run("clipped_gemm", backend, a, g, offsets, factors, out, accumulate)
     return out
 
 
@@ -234,9 +253,8 @@ def clipped_embedding(
 
     ids: int ``[N]``, g: ``[N, d]``, factors: ``[U]``, out: fp32 or fp64 ``[V, d]``.
     """
-    _check_backend(backend)
     _check_rows(offsets, ids=ids, g=g)
-    _ops.clipped_embedding(ids, g, offsets, factors, out, padding_idx)
+    _run("clipped_embedding", backend, ids, g, offsets, factors, out, padding_idx)
     return out
 
 
@@ -245,37 +263,143 @@ def clipped_sum(grads: Tensor, factors: Tensor, out: Tensor, *, backend: Backend
 
     grads: ``[U, ...]``, factors: ``[U]``, out: fp32 or fp64 ``[...]``. Raises ValueError if the shapes differ.
     """
-    _check_backend(backend)
     if grads.shape[1:] != out.shape:
         raise ValueError(f"out must have shape {list(grads.shape[1:])}, got {list(out.shape)}")
-    _ops.clipped_sum(grads, factors, out)
+    _run("clipped_sum", backend, grads, factors, out)
     return out
 
 
-def add_noise(
-    grad_sum: Tensor,
+@dataclass(frozen=True)
+class Draw:
+    """Where in the stream a vector's noise stands, and how large it is.
+
+    ``round((grad + std * z) * scale)`` with z from element ``offset`` of the stream of (key, nonce). Whoever makes one
+    answers for drawing each element once (:class:`fastclip.noise.NoiseSource` does).
+    """
+
+    std: float
+    scale: float
+    key: random.Key
+    nonce: int
+    offset: int
+
+    def words(self) -> tuple[float, float, Tensor, int, int, int]:
+        """As the schemas want it."""
+        block, skip = divmod(self.offset, random.BLOCK_ELEMENTS)
+        return self.std, self.scale, self.key.tensor(), _signed(self.nonce), _signed(block), skip
+
+
+def add_noise(grad_sum: Tensor, out: Tensor, draw: Draw, *, backend: Backend | None = None) -> Tensor:
+    """``out = round((grad_sum + std * z) * scale)``, returned: :func:`fastclip.random.add_noise`.
+
+    grad_sum: ``[n]`` fp32 or fp64, out: ``[n]`` fp32, bf16 or fp16, contiguous, on CPU. Raises RuntimeError if ``backend``
+    cannot run.
+    """
+    if _compiled(backend):
+        _ops.add_noise(grad_sum, out, *draw.words())
+    else:
+        random.add_noise(grad_sum, out, draw.std, draw.scale, draw.key, draw.nonce, draw.offset)
+    return out
+
+
+def clip_accumulate_noise(
+    grad_samples: Tensor,
+    factors: Tensor,
     out: Tensor,
     std: float,
     key: random.Key,
-    nonce: int,
-    offset: int,
-    scale: float = 1.0,
+    counter: tuple[int, int],
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """``out = round((grad_sum + std * z) * scale)``, returned: :func:`fastclip.random.add_noise`.
+    """``out = round(sum_u factors[u] grad_samples[u] + std * z)``, returned; formed in fp64 and rounded once.
 
-    grad_sum: ``[n]`` fp32 or fp64, out: ``[n]`` fp32, bf16 or fp16, contiguous, on CPU; nonce: of
-    :func:`fastclip.random.nonce`; offset: element of the stream that z starts at. Whoever calls this answers for drawing
-    each element once (:class:`fastclip.noise.NoiseSource` does). Raises RuntimeError if ``backend`` cannot run.
+    grad_samples: ``[U, ...]``, factors: ``[U]``, out: fp32, bf16 or fp16 ``[...]``, contiguous, on CPU. counter: (nonce of
+    the step, :func:`fastclip.random.nonce`; element of its stream that out starts at): whoever calls this answers for never
+    using one twice under a key. Units of factor 0 are left out, inf and NaN with them. Raises ValueError if shapes differ,
+    RuntimeError if ``backend`` cannot run.
     """
-    _check_backend(backend)
-    if backend == "cpp" or (backend is None and _cpp_missing is None):
-        block, skip = divmod(offset, random.BLOCK_ELEMENTS)
-        _ops.add_noise(grad_sum, out, std, scale, key.tensor(), _signed(nonce), _signed(block), skip)
+    if grad_samples.shape[1:] != out.shape or factors.shape != grad_samples.shape[:1]:
+        raise ValueError(
+            f"grad_samples must be [U, *out.shape] and factors [U], got {list(grad_samples.shape)}, {list(factors.shape)} and "
+            f"out {list(out.shape)}"
+        )
+    draw = Draw(std, 1.0, key, *counter)
+    if _compiled(backend):
+        _ops.clip_accumulate_noise(grad_samples, factors, out, *draw.words())
     else:
-        random.add_noise(grad_sum, out, std, scale, key, nonce, offset)
+        total = reference.clipped_sum(grad_samples, factors, out.new_zeros(out.shape, dtype=torch.float64))
+        add_noise(total.view(-1), out.view(-1), draw, backend=backend)
     return out
+
+
+def noise_adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    draw: Draw,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    backend: Backend | None = None,
+) -> None:
+    """:func:`add_noise` on ``grad`` in place, and torch's AdamW with the result, in one pass: :func:`reference.adamw_`.
+
+    All contiguous fp32 ``[n]`` on CPU, without common memory. step: counts from 1. Raises RuntimeError if they are not so or
+    ``backend`` cannot run.
+    """
+    if _compiled(backend):
+        _ops.noise_adamw(param, grad, exp_avg, exp_avg_sq, *draw.words(), lr, *betas, eps, weight_decay, step)
+    else:
+        add_noise(grad, grad, draw, backend=backend)
+        reference.adamw_(
+            param, grad, exp_avg, exp_avg_sq, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step
+        )
+
+
+def noise_sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    draw: Draw,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    first: bool = False,
+    backend: Backend | None = None,
+) -> None:
+    """The same with torch's SGD: :func:`reference.sgd_`. momentum_buffer: if and only if there is momentum.
+
+    first: the buffer holds nothing yet.
+    """
+    if _compiled(backend):
+        rest = (lr, momentum, dampening, weight_decay, nesterov, first)
+        _ops.noise_sgd(param, grad, momentum_buffer, *draw.words(), *rest)
+    else:
+        add_noise(grad, grad, draw, backend=backend)
+        reference.sgd_(
+            param,
+            grad,
+            momentum_buffer,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            first=first,
+        )
+
+
+def _compiled(backend: Backend | None) -> bool:
+    _check_backend(backend)
+    return backend == "cpp" or (backend is None and _cpp_missing is None)
 
 
 def _signed(word: int) -> int:

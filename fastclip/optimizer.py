@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastclip import fused
 from fastclip.clipping import ClippingRule
 from fastclip.module import Clipper, attach, clipper_of
 from fastclip.noise import NoiseSource
@@ -182,8 +183,9 @@ class DPOptimizer(Optimizer):
         self._check_release()
         for hook in self._release_hooks:
             hook(self)
+        update = fused.update_of(self.original_optimizer)
         try:
-            self._add_noise()
+            self._add_noise(update)
         except BaseException:
             for p in self._parameters():
                 p.grad = None
@@ -194,11 +196,12 @@ class DPOptimizer(Optimizer):
             self._forget()
             if self.sampler is not None and self.sampler.current_draw is not None:
                 self._released.add(self.sampler.current_draw)
-        self._releasing = True
-        try:
-            self.original_optimizer.step()
-        finally:
-            self._releasing = False
+        if update is None:
+            self._releasing = True
+            try:
+                self.original_optimizer.step()
+            finally:
+                self._releasing = False
         return loss
 
     def _check_release(self) -> None:
@@ -229,22 +232,29 @@ class DPOptimizer(Optimizer):
                     "then is noise alone; and only PoissonLoader follows a loop whose worker processes run ahead of it"
                 )
 
-    def _add_noise(self) -> None:
+    def _add_noise(self, update: fused.Update | None) -> None:
+        """Let each ``p.grad`` be noisy; with ``update``, the parameters and the optimizer's state follow in the same pass."""
         std, offset, sums = self.noise_std, 0, self.clipper.sums
         scale = 1 / self.expected_batch_size if self.clipper.loss_reduction == "mean" else 1.0
         noisy: list[tuple[nn.Parameter, Tensor]] = []
-        for p in self._parameters():
-            if p.requires_grad:
-                total = sums.pending(p)
-                if total is None:
-                    total = torch.zeros_like(p, dtype=torch.float32 if p.itemsize < 4 else p.dtype)
-                # An fp64 sum is rounded to fp32 too: only rounding hides the grid that fp64 noise lies on.
-                out = total if total.dtype == torch.float32 else torch.empty_like(total, dtype=torch.float32)
-                self.noise.add_(total, std, offset=offset, out=out, scale=scale)
-                noisy.append((p, out.to(total.dtype)))
-            else:
-                p.grad = None
-            offset += p.numel()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    total = sums.pending(p)
+                    if total is None:
+                        total = torch.zeros_like(p, dtype=torch.float32 if p.itemsize < 4 else p.dtype)
+                    if update is not None and p.numel():
+                        update(group, p, total, self.noise.spend(offset, p.numel(), std, scale))
+                        torch.autograd.graph.increment_version(p)  # as every in-place operation does
+                        noisy.append((p, total))
+                    else:
+                        # An fp64 sum is rounded to fp32 too: only rounding hides the grid that fp64 noise lies on.
+                        out = total if total.dtype == torch.float32 else torch.empty_like(total, dtype=torch.float32)
+                        self.noise.add_(total, std, offset=offset, out=out, scale=scale)
+                        noisy.append((p, out.to(total.dtype)))
+                else:
+                    p.grad = None
+                offset += p.numel()
         for p, total in noisy:
             sums.write(p, total, released=True)
 

@@ -254,6 +254,47 @@ def clipped_sum(grads: Tensor, factors: Tensor, out: Tensor) -> Tensor:
     return out.add_((factors @ flat).view_as(out))
 
 
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """torch.optim.AdamW's update number ``step`` (from 1) of param and its moments, in place. All of one shape."""
+    beta1, beta2 = betas
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+def sgd_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    first: bool,
+) -> None:
+    """torch.optim.SGD's update of param and its buffer, in place. first: the buffer holds nothing yet."""
+    grad = grad.add(param, alpha=weight_decay)
+    if momentum_buffer is not None:
+        momentum_buffer.mul_(0.0 if first else momentum).add_(grad, alpha=1.0 if first else 1 - dampening)
+        grad = grad.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
+    param.add_(grad, alpha=-lr)
+
+
 def _unit_of_row(offsets: Tensor) -> Tensor:
     lengths = offsets.diff().long()
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)

@@ -24,9 +24,13 @@ import hashlib, torch
 from fastclip import ops, random
 values = torch.arange(100_003, dtype=torch.float32)
 words = torch.arange(-800, 800).mul(2**54 + 12345).view(-1, 8)
-ops.add_noise(values, values, 3.0, random.Key(bytes(range(32))), 2**63 + 5, 2**40 + 5, backend="cpp")
+draw = ops.Draw(3.0, 1.0, random.Key(bytes(range(32))), 2**63 + 5, 2**40 + 5)
+ops.add_noise(values, values, draw, backend="cpp")
+state = [torch.arange(10_003) % (97 + i) * 0.01 - 0.3 for i in range(4)]
+ops.noise_adamw(*state[:3], state[3].abs(), draw, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=3)
+ops.noise_sgd(*state[:3], draw, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
 normals = torch.ops.fastclip.box_muller(words)
-print(hashlib.sha256(values.numpy().tobytes() + normals.numpy().tobytes()).hexdigest())
+print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in (values, normals, *state))).hexdigest())
 """
     digests = {
         subprocess.run(
@@ -48,7 +52,9 @@ def test_same_noise_as_numpy(in_dtype, out_dtype, offset):
     grad_sum = torch.randn(9_993, dtype=in_dtype)
     word = nonce(2**47 + 3, 1, seeded=True)
     drawn = [
-        ops.add_noise(grad_sum, torch.empty(9_993, dtype=out_dtype), 1.5, KEY, word, offset, 1 / 3, backend=backend)
+        ops.add_noise(
+            grad_sum, torch.empty(9_993, dtype=out_dtype), ops.Draw(1.5, 1 / 3, KEY, word, offset), backend=backend
+        )
         for backend in ("cpp", "torch")
     ]
     # Their fp64 normals differ in the last bits, which move about one fp32 result in 10^8.

@@ -297,7 +297,7 @@ def test_release_hooks_come_first_and_may_stop_it():
 
 def test_a_failure_in_the_noise_leaves_nothing_clean(monkeypatch):
     model = net()
-    optimizer = wrap(model, noise_multiplier=1.0)
+    optimizer = wrap(model, base=torch.optim.Adagrad, noise_multiplier=1.0)
     backward(model)
     calls = []
 

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../inline.h"
+
 namespace fastclip {
 
 enum class Capability { kDefault, kAvx2, kAvx512 };

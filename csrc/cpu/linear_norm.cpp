@@ -4,31 +4,13 @@
 // Gram route: sum over pairs of rows of (a_s . a_t)(g_s . g_t), L^2 (d + p) FLOPs by symmetry, in tiles of 128 rows that
 // are squared and dropped. Direct route: W_u in slices, 2 L d p FLOPs, fp64. Products go to the BLAS that torch carries, one
 // thread a tile. fastclip/reference.py says which precision suffices when, and why; the rule here is the same.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <string>
-#include <vector>
 
-extern "C" {
-void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
-            const int*, const float*, float*, const int*);
-void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
-            const double*, const int*, const double*, double*, const int*);
-}
+#include "rows.h"
 
 namespace fastclip {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr double kRoundoff32 = 0x1p-24, kRoundoff64 = 0x1p-53, kNormSlack = 0x1p-8, kSmallestRow = 1e-15;
 constexpr int64_t kRows = 128;      // of a tile
@@ -60,13 +42,6 @@ Blocks blocks_for(int64_t d, int64_t p, int64_t length) {
 struct Scratch {
   std::vector<float> tile, block;
   std::vector<double> left, right, wide;
-};
-
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t stride, columns;
-  const T* row(int64_t t) const { return data + t * stride; }
 };
 
 template <class T, class To>
@@ -165,16 +140,10 @@ struct Task {
   int64_t unit, first, last;
 };
 
-// Tasks go to whichever thread is free; each has a place of its own for its result, so order shows nowhere.
 template <class F>
 std::vector<double> run(const std::vector<Task>& tasks, const F& work) {
   std::vector<double> results(tasks.size());
-  std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    thread_local Scratch scratch;  // kept: buffers of a few MB that come and go would fragment the heap
-    for (size_t t; begin < end && (t = next++) < tasks.size();) results[t] = work(tasks[t], scratch);
-  });
+  over_tasks<Scratch>(tasks.size(), [&](int64_t t, Scratch& scratch) { results[t] = work(tasks[t], scratch); });
   return results;
 }
 
@@ -243,52 +212,22 @@ void parts(const Rows<T>& a, const Rows<T>& g, const std::vector<int64_t>& bound
   for (size_t t = 0; t < direct.size(); ++t) squares[direct[t].unit] += slices[t];
 }
 
-template <class T>
-void launch(const Tensor& a, const Tensor& g, const std::vector<int64_t>& bounds, const std::string& route, Tensor& out) {
-  // One row may have any stride, and the BLAS refuses one below the number of columns.
-  const auto stride = [](const Tensor& x) { return x.size(0) > 1 ? x.stride(0) : x.size(1); };
-  const Rows<T> x{static_cast<const T*>(a.const_data_ptr()), stride(a), a.size(1)};
-  const Rows<T> y{static_cast<const T*>(g.const_data_ptr()), stride(g), g.size(1)};
-  double* to = static_cast<double*>(out.mutable_data_ptr());
-  parts(x, y, bounds, route, to, to + bounds.size() - 1);
-}
-
 Tensor linear_norm_parts(const Tensor& a_in, const Tensor& g_in, const Tensor& offsets_in, std::string route) {
   STD_TORCH_CHECK(a_in.dim() == 2 && g_in.dim() == 2 && a_in.size(0) == g_in.size(0),
                   "linear_norm: a must be [N, d] and g [N, p] with the same N");
   STD_TORCH_CHECK(a_in.size(1) > 0 && g_in.size(1) > 0, "linear_norm: a and g must have columns");
   STD_TORCH_CHECK(a_in.size(1) < INT32_MAX && g_in.size(1) < INT32_MAX, "linear_norm: more than 2^31 columns");
-  STD_TORCH_CHECK(offsets_in.dim() == 1 && offsets_in.numel() > 0, "linear_norm: offsets must be [U + 1]");
   STD_TORCH_CHECK(route == "auto" || route == "gram" || route == "direct", "linear_norm: unknown route ", route);
-  const auto dense = [](const Tensor& x, ScalarType type) {
-    const Tensor same = x.scalar_type() == type ? x : torch::stable::to(x, type);
-    return same.stride(1) == 1 && same.stride(0) >= same.size(1) && same.stride(0) < INT32_MAX ? same
-                                                                                               : torch::stable::contiguous(same);
-  };
-  const Tensor offsets = torch::stable::contiguous(
-      offsets_in.scalar_type() == ScalarType::Long ? offsets_in : torch::stable::to(offsets_in, ScalarType::Long));
-  std::vector<int64_t> bounds(offsets.numel());
-  const auto* values = static_cast<const int64_t*>(offsets.const_data_ptr());
-  std::copy(values, values + bounds.size(), bounds.begin());
-  STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() == a_in.size(0) && std::is_sorted(bounds.begin(), bounds.end()),
-                  "linear_norm: offsets must rise from 0 to the number of rows, ", a_in.size(0));
+  const auto bounds = bounds_of("linear_norm", offsets_in, a_in.size(0));
   const int64_t units = bounds.size() - 1;
   Tensor out = torch::stable::new_empty(a_in, {2, units}, ScalarType::Double);
-  const ScalarType type = a_in.scalar_type() == g_in.scalar_type() ? a_in.scalar_type()
-                          : a_in.scalar_type() == ScalarType::Double || g_in.scalar_type() == ScalarType::Double
-                              ? ScalarType::Double
-                              : ScalarType::Float;
-  const Tensor a = dense(a_in, type), g = dense(g_in, type);
-  if (type == ScalarType::Float)
-    launch<float>(a, g, bounds, route, out);
-  else if (type == ScalarType::Double)
-    launch<double>(a, g, bounds, route, out);
-  else if (type == ScalarType::BFloat16)
-    launch<c10::BFloat16>(a, g, bounds, route, out);
-  else if (type == ScalarType::Half)
-    launch<c10::Half>(a, g, bounds, route, out);
-  else
-    STD_TORCH_CHECK(false, "linear_norm: a and g must be floating point");
+  auto* to = static_cast<double*>(out.mutable_data_ptr());
+  const ScalarType type = common(a_in.scalar_type(), g_in.scalar_type());
+  const Tensor a = dense_rows(a_in, type), g = dense_rows(g_in, type);
+  by_dtype("linear_norm", type, [&](auto zero) {
+    using T = decltype(zero);
+    parts(rows_of<T>(a), rows_of<T>(g), bounds, route, to, to + units);
+  });
   return out;
 }
 

@@ -1,9 +1,9 @@
 // Vectors of 16 32-bit and 8 64-bit lanes, in the compiler's own notation: one source for every instruction set.
 #pragma once
 
-#include <cstdint>
+#include "../inline.h"
 
-#define FASTCLIP_INLINE inline __attribute__((always_inline))
+#include <cstdint>
 
 namespace fastclip {
 

@@ -1,0 +1,110 @@
+// clipped_sum, clip_accumulate_noise: out from per-unit gradients that stand there whole.
+//
+// grads: [U, P], factors: [U]. clipped_sum: out += sum_u factors[u] grads[u], in out's dtype. clip_accumulate_noise: out =
+// round(sum_u factors[u] grads[u] + std z), formed in fp64 and rounded once. One pass over grads, in columns that stay in the
+// first cache; units of factor 0 are left out, so that their inf and NaN stay with them.
+#include "noise.h"
+#include "rows.h"
+
+namespace fastclip {
+namespace {
+
+template <class T>
+FASTCLIP_INLINE void add(const Rows<T>& grads, const std::vector<double>& factors, int64_t column, int64_t count, double* sums) {
+  for (int64_t c = 0; c < count; ++c) sums[c] = 0;
+  for (size_t u = 0; u < factors.size(); ++u) {
+    if (factors[u] == 0) continue;
+    const T* row = grads.row(u) + column;
+    for (int64_t c = 0; c < count; ++c) sums[c] += factors[u] * static_cast<double>(row[c]);
+  }
+}
+
+// Tiles [first, last): the sum of kTile columns, and noise where there is any.
+template <class T, class Out>
+FASTCLIP_INLINE void body(const Noise* noise, const Rows<T>& grads, const std::vector<double>& factors, Out* out, int64_t skip,
+                          int64_t first, int64_t last) {
+  alignas(64) double z[kTile], sums[kTile];
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t begin = std::max<int64_t>(tile * kTile - skip, 0), stop = std::min((tile + 1) * kTile - skip, grads.columns);
+    add(grads, factors, begin, stop - begin, sums);
+    if (noise) {
+      draw(*noise, tile, z);
+      const double* own = z + (begin - (tile * kTile - skip));
+      for (int64_t i = begin; i < stop; ++i) out[i] = round_once<Out>(sums[i - begin] + noise->std * own[i - begin]);
+    } else {
+      for (int64_t i = begin; i < stop; ++i) out[i] = static_cast<Out>(static_cast<double>(out[i]) + sums[i - begin]);
+    }
+  }
+}
+
+template <class T, class Out>
+FASTCLIP_AVX512 void run_avx512(const Noise* z, const Rows<T>& x, const std::vector<double>& f, Out* out, int64_t skip, int64_t i,
+                                int64_t j) {
+  body(z, x, f, out, skip, i, j);
+}
+template <class T, class Out>
+FASTCLIP_AVX2 void run_avx2(const Noise* z, const Rows<T>& x, const std::vector<double>& f, Out* out, int64_t skip, int64_t i,
+                            int64_t j) {
+  body(z, x, f, out, skip, i, j);
+}
+template <class T, class Out>
+void run_default(const Noise* z, const Rows<T>& x, const std::vector<double>& f, Out* out, int64_t skip, int64_t i, int64_t j) {
+  body(z, x, f, out, skip, i, j);
+}
+
+template <class Out>
+void launch(const char* op, const Noise* noise, const Tensor& grads_in, const std::vector<double>& factors, const Tensor& out,
+            int64_t skip) {
+  const Tensor dense = torch::stable::contiguous(grads_in);
+  by_dtype(op, grads_in.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> grads{static_cast<const T*>(dense.const_data_ptr()), out.numel(), out.numel()};
+    const Capability chosen = capability();
+    const auto run = chosen == Capability::kAvx512 ? run_avx512<T, Out>
+                     : chosen == Capability::kAvx2 ? run_avx2<T, Out>
+                                                   : run_default<T, Out>;
+    Out* to = static_cast<Out*>(out.mutable_data_ptr());
+    over_tiles(out.numel(), skip, [&](int64_t first, int64_t last) { run(noise, grads, factors, to, skip, first, last); });
+  });
+}
+
+std::vector<double> checked(const char* op, const Tensor& grads, const Tensor& factors, const Tensor& out) {
+  STD_TORCH_CHECK(grads.dim() >= 1 && grads.numel() == grads.size(0) * out.numel(), op, ": grads must be [U, *out.shape]");
+  STD_TORCH_CHECK(out.is_contiguous(), op, ": out must be contiguous");
+  return factors_of(op, factors, grads.size(0));
+}
+
+void clipped_sum(const Tensor& grads, const Tensor& factors_in, const Tensor& out) {
+  const auto factors = checked("clipped_sum", grads, factors_in, out);
+  if (out.scalar_type() == ScalarType::Float)
+    launch<float>("clipped_sum", nullptr, grads, factors, out, 0);
+  else if (out.scalar_type() == ScalarType::Double)
+    launch<double>("clipped_sum", nullptr, grads, factors, out, 0);
+  else
+    STD_TORCH_CHECK(false, "clipped_sum: out must be fp32 or fp64");
+}
+
+void clip_accumulate_noise(const Tensor& grads, const Tensor& factors_in, const Tensor& out, double std, double scale,
+                           const Tensor& key, int64_t nonce, int64_t block, int64_t skip) {
+  const char* op = "clip_accumulate_noise";
+  const auto factors = checked(op, grads, factors_in, out);
+  STD_TORCH_CHECK(scale == 1, op, ": scale must be 1, got ", scale);
+  const Noise noise = noise_of(key, nonce, block, skip, std, scale);
+  if (out.scalar_type() == ScalarType::Float)
+    launch<float>(op, &noise, grads, factors, out, skip);
+  else if (out.scalar_type() == ScalarType::BFloat16)
+    launch<c10::BFloat16>(op, &noise, grads, factors, out, skip);
+  else if (out.scalar_type() == ScalarType::Half)
+    launch<c10::Half>(op, &noise, grads, factors, out, skip);
+  else
+    STD_TORCH_CHECK(false, op, ": out must be fp32, bf16 or fp16");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
+  m.impl("clipped_sum", TORCH_BOX(&clipped_sum));
+  m.impl("clip_accumulate_noise", TORCH_BOX(&clip_accumulate_noise));
+}
+
+}  // namespace fastclip

@@ -1,0 +1,70 @@
+// What the kernels that draw noise share: the stream's place, the one rounding, and how a vector is cut into tiles.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+#include "../random/chacha20.h"
+#include "../random/normals.h"
+#include "dispatch.h"
+
+namespace fastclip {
+
+constexpr int64_t kTile = 128;  // elements of 16 blocks
+constexpr int64_t kGrain = 256;  // tiles
+
+struct Noise {
+  Stream stream;
+  uint64_t block;
+  double std, scale;
+};
+
+// fp64 to 16 bits by way of fp32 would round twice. Rounded to odd first (towards zero, last bit set if anything was
+// lost), the second rounding is right (Boldo and Melquiond, IEEE Trans. Comp. 2008).
+FASTCLIP_INLINE float round_to_odd(double x) {
+  float nearest = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, 4);
+  bits -= std::abs(static_cast<double>(nearest)) > std::abs(x);
+  bits |= static_cast<double>(nearest) != x;
+  std::memcpy(&nearest, &bits, 4);
+  return nearest;
+}
+
+template <class Out>
+FASTCLIP_INLINE Out round_once(double x) {
+  if constexpr (std::is_same_v<Out, float>)
+    return static_cast<float>(x);
+  else
+    return static_cast<Out>(round_to_odd(x));
+}
+
+// z[0:kTile] of the tile that starts at block `block + 16 * tile`.
+FASTCLIP_INLINE void draw(const Noise& noise, int64_t tile, double* z) {
+  u32x16 words[16];
+  chacha20(noise.stream, noise.block + 16 * tile, words);
+  normals(words, z);
+}
+
+inline Noise noise_of(const torch::stable::Tensor& key, int64_t nonce, int64_t block, int64_t skip, double std, double scale) {
+  STD_TORCH_CHECK(key.scalar_type() == torch::headeronly::ScalarType::Byte && key.is_contiguous() && key.numel() == 32,
+                  "noise: key must be 32 contiguous bytes");
+  STD_TORCH_CHECK(0 <= skip && skip < 8, "noise: skip must be in [0, 8), got ", skip);
+  Noise noise{{}, static_cast<uint64_t>(block), std, scale};
+  std::memcpy(noise.stream.key, key.const_data_ptr(), 32);
+  noise.stream.nonce = static_cast<uint64_t>(nonce);
+  return noise;
+}
+
+// run(first, last) over the tiles that cover n elements, `skip` of which lie before them in the first tile.
+template <class F>
+void over_tiles(int64_t n, int64_t skip, const F& run) {
+  torch::stable::parallel_for(0, (skip + n + kTile - 1) / kTile, kGrain, run);
+}
+
+}  // namespace fastclip

@@ -1,0 +1,263 @@
+"""Every compiled op beside its plain formulation in fp64: shapes, dtypes, ragged units, what must not spread, bad input."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from fastclip import ops, reference
+from fastclip.random import Key, nonce
+
+pytestmark = pytest.mark.skipif(
+    ops.backends()["cpp"]["state"] == "absent", reason="no compiled kernels on this machine: no compiler at install"
+)
+BOUNDS = {
+    "ragged": [0, 3, 3, 20, 21, 52],
+    "one row each": list(range(8)),
+    "one unit": [0, 130],
+    "all empty": [0, 0, 0],
+    "no unit": [0],
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+@pytest.fixture(params=BOUNDS.values(), ids=BOUNDS)
+def offsets(request):
+    return torch.tensor(request.param, dtype=torch.int32)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def rows(offsets, columns, dtype=torch.float32, strided=False):
+    x = torch.randn(int(offsets[-1]), 2 * columns if strided else columns)
+    return (x[:, ::2] if strided else x).to(dtype)
+
+
+def close(found, wanted, dtype):
+    assert found.dtype == wanted.dtype or wanted.dtype == torch.float64
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
+
+
+def wide(*tensors):
+    return [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 600])
+@pytest.mark.parametrize("gain", [False, True])
+def test_affine(offsets, dtype, columns, gain):
+    g, x = rows(offsets, columns, dtype), rows(offsets, columns, dtype, strided=True) if gain else None
+    sums = ops.segment_sum(g, x, offsets, backend="cpp")
+    assert sums.dtype == reference.accumulation_dtype(dtype)
+    close(sums, reference.segment_sum(*wide(g, x), offsets), dtype)
+    squares = ops.affine_norm(g, x, offsets, backend="cpp")
+    close(squares, sums.double().square().sum(1), torch.float64)  # of the very same numbers
+
+
+@pytest.mark.parametrize("columns", [1, 9, 64])
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_embedding(offsets, dtype, columns, padding, ids_dtype):
+    ids, g = torch.randint(0, 11, (int(offsets[-1]),), dtype=ids_dtype), rows(offsets, columns, dtype)
+    found = ops.embedding_norm(ids, g, offsets, padding, backend="cpp")
+    close(found, reference.embedding_norm(ids, g.double(), offsets, padding), dtype)
+    factors = torch.rand(offsets.numel() - 1, dtype=torch.float64)
+    out_dtype = reference.accumulation_dtype(dtype)
+    out = torch.randn(13, columns, dtype=out_dtype)
+    wanted = reference.clipped_embedding(ids, g.double(), offsets, factors, out.double(), padding)
+    close(ops.clipped_embedding(ids, g, offsets, factors, out, padding, backend="cpp"), wanted, dtype)
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_tied_cross(dtype, padding):
+    head, tail = torch.tensor([0, 70, 70, 75, 80]), torch.tensor([0, 9, 12, 12, 30])
+    h, z, e = rows(head, 6, dtype), rows(head, 11, dtype), rows(tail, 6, dtype)
+    ids = torch.randint(0, 11, (30,))
+    found = ops.tied_cross(h, z, head, ids, e, tail, padding, backend="cpp")
+    close(found, reference.tied_cross(*wide(h, z), head, ids, e.double(), tail, padding), dtype)
+
+
+@pytest.mark.parametrize(("d", "p"), [(1, 1), (5, 700), (700, 5), (128, 128), (96, 97)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_clipped_gemm(offsets, dtype, d, p, accumulate):
+    a, g = rows(offsets, d, dtype), rows(offsets, p, dtype, strided=True)
+    factors = torch.rand(offsets.numel() - 1)
+    out = torch.randn(p + 1, d, dtype=reference.accumulation_dtype(dtype))[1:]
+    if not accumulate:
+        out.fill_(torch.nan)
+    base = out.double() if accumulate else torch.zeros(p, d, dtype=torch.float64)
+    wanted = reference.clipped_gemm(*wide(a, g), offsets, factors.double(), base)
+    close(ops.clipped_gemm(a, g, offsets, factors, out, accumulate=accumulate, backend="cpp"), wanted, dtype)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 3), (1000,)])
+@pytest.mark.parametrize("units", [0, 1, 6])
+def test_sums_of_whole_gradients(dtype, shape, units):
+    grads, factors = torch.randn(units, *shape).to(dtype), torch.rand(units)
+    out = torch.randn(shape, dtype=reference.accumulation_dtype(dtype))
+    wanted = reference.clipped_sum(grads.double(), factors.double(), out.double())
+    close(ops.clipped_sum(grads, factors, out, backend="cpp"), wanted, dtype)
+    if out.dtype == torch.float32:
+        counter, key = (nonce(3, 0, False), 5), Key(bytes(range(32)))
+        noisy = [
+            ops.clip_accumulate_noise(grads.double(), factors, torch.empty(shape), 2.0, key, counter, backend=backend)
+            for backend in ("cpp", "torch")
+        ]
+        torch.testing.assert_close(*noisy, rtol=1e-6, atol=1e-6)
+        if not units:
+            assert torch.equal(*noisy)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_broken_unit_reaches_nobody(value):
+    offsets, factors = torch.tensor([0, 2, 5, 9]), torch.tensor([0.5, 0.0, 2.0])
+    a, g, ids = torch.randn(9, 8), torch.randn(9, 6), torch.tensor([0, 1, 0, 1, 2, 2, 0, 1, 3])
+    clean = [x.clone() for x in (a, g)]
+    a[3], g[2] = value, value
+    finite = torch.tensor([True, False, True])
+    for found in (
+        ops.affine_norm(g, None, offsets, backend="cpp"),
+        ops.embedding_norm(ids, g, offsets, backend="cpp"),
+        ops.linear_norm(a, g, offsets, backend="cpp"),
+        ops.tied_cross(a, torch.ones(9, 4), offsets, ids, a, offsets, backend="cpp"),
+    ):
+        assert torch.equal(found.isfinite(), finite)
+    keep = factors.clone()
+    wanted = reference.clipped_gemm(*clean, offsets, keep, torch.zeros(6, 8))
+    torch.testing.assert_close(ops.clipped_gemm(a, g, offsets, factors, torch.zeros(6, 8), backend="cpp"), wanted)
+    wanted = reference.clipped_embedding(ids, clean[1], offsets, keep, torch.zeros(4, 6))
+    found = ops.clipped_embedding(ids, g, offsets, factors, torch.zeros(4, 6), backend="cpp")
+    torch.testing.assert_close(found, wanted)
+    grads = torch.randn(3, 7)
+    wanted = reference.clipped_sum(grads, factors, torch.zeros(7))
+    grads[1] = value
+    torch.testing.assert_close(ops.clipped_sum(grads, factors, torch.zeros(7), backend="cpp"), wanted)
+    ones = torch.ones(3)
+    assert not ops.clipped_sum(grads, ones, torch.zeros(7), backend="cpp").isfinite().any()
+
+
+def every_op():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    offsets = torch.tensor([0, 40, 41, 41, 300])
+    a, g, ids = normal(300, 130), normal(300, 260), torch.randint(0, 50, (300,), generator=generator)
+    factors = torch.tensor([0.3, 0.0, 1.0, 0.7])
+    key, counter = Key(bytes(32)), (nonce(0, 0, False), 3)
+    return {
+        "linear_norm": ops.linear_norm_parts(a, g, offsets, backend="cpp"),
+        "segment_sum": ops.segment_sum(g, g, offsets, backend="cpp"),
+        "affine_norm": ops.affine_norm(g, None, offsets, backend="cpp"),
+        "embedding_norm": ops.embedding_norm(ids, a, offsets, backend="cpp"),
+        "tied_cross": ops.tied_cross(a, g, offsets, ids, a, offsets, backend="cpp"),
+        "clipped_gemm": ops.clipped_gemm(a, g, offsets, factors, torch.zeros(260, 130), backend="cpp"),
+        "clipped_embedding": ops.clipped_embedding(ids, a, offsets, factors, torch.zeros(50, 130), backend="cpp"),
+        "clipped_sum": ops.clipped_sum(normal(4, 9000), factors, torch.zeros(9000), backend="cpp"),
+        "clip_accumulate_noise": ops.clip_accumulate_noise(
+            normal(4, 9000), factors, torch.zeros(9000), 1.0, key, counter, backend="cpp"
+        ),
+    }
+
+
+def test_the_number_of_threads_shows_nowhere():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(every_op())
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in itertools.pairwise(results):
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+
+def bad(**changes):
+    offsets = torch.tensor([0, 2, 5])
+    good = {
+        "a": torch.ones(5, 4),
+        "g": torch.ones(5, 3),
+        "ids": torch.tensor([0, 1, 0, 1, 2]),
+        "offsets": offsets,
+        "factors": torch.ones(2),
+        "gemm_out": torch.zeros(3, 4),
+        "table": torch.zeros(3, 3),
+    }
+    return good | changes
+
+
+BAD = {
+    "offsets fall": ({"offsets": torch.tensor([0, 4, 2, 5])}, "offsets"),
+    "offsets end early": ({"offsets": torch.tensor([0, 2, 4])}, "offsets"),
+    "offsets start late": ({"offsets": torch.tensor([1, 2, 5])}, "offsets"),
+    "float offsets": ({"offsets": torch.tensor([0.0, 2, 5])}, "offsets"),
+    "rows differ": ({"a": torch.ones(4, 4), "ids": torch.tensor([0, 1, 0, 1])}, r"\[N"),
+    "integer rows": ({"g": torch.ones(5, 3, dtype=torch.int32)}, "floating"),
+    "factors short": ({"factors": torch.ones(1)}, "factors"),
+    "narrow out": ({"gemm_out": torch.zeros(3, 4).half(), "table": torch.zeros(3, 3).half()}, "out"),
+    "another out": ({"gemm_out": torch.zeros(4, 3), "table": torch.zeros(3, 4)}, "out"),
+    "strided out": ({"gemm_out": torch.zeros(4, 3).T, "table": torch.zeros(3, 3).T}, "dense rows"),
+    "id too large": ({"ids": torch.tensor([0, 1, 0, 1, 3])}, "id 3"),
+    "id below 0": ({"ids": torch.tensor([0, 1, 0, 1, -1])}, "id -1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "word"), BAD.values(), ids=BAD)
+def test_bad_input_writes_nothing(changes, word):
+    x = bad(**changes)
+    raw = torch.ops.fastclip  # below the checks in Python
+    refused = 0
+    calls = [
+        lambda: raw.clipped_gemm(x["a"], x["g"], x["offsets"], x["factors"], x["gemm_out"], True),
+        lambda: raw.clipped_embedding(x["ids"], x["g"], x["offsets"], x["factors"], x["table"], None),
+        lambda: raw.affine_norm(x["g"], x["a"][:, :3], x["offsets"]),
+        lambda: raw.embedding_norm(x["ids"], x["g"], x["offsets"], None),
+        lambda: raw.linear_norm_parts(x["a"], x["g"], x["offsets"]),
+    ]
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            if re.search(word, str(error)):
+                refused += 1
+    assert refused
+    if "factors" in changes or "offsets" in changes or "gemm_out" in changes:
+        assert not x["gemm_out"].any()
+    assert not x["table"].any()
+
+
+def test_opcheck():
+    offsets = torch.tensor([0, 2, 2, 5])
+    a, g, ids, factors = torch.randn(5, 4), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 2]), torch.rand(3)
+    raw, tests = torch.ops.fastclip, ("test_schema", "test_faketensor")
+    draw = (1.0, 1.0, Key(bytes(32)).tensor(), 0, 0, 0)
+    calls = {
+        raw.linear_norm_parts: (a, g, offsets),
+        raw.embedding_norm: (ids, g, offsets, 1),
+        raw.tied_cross: (a, g, offsets, ids, a, offsets),
+        raw.affine_norm: (g, g, offsets),
+        raw.segment_sum: (g, None, offsets),
+        raw.clipped_gemm: (a, g, offsets, factors, torch.zeros(3, 4)),
+        raw.clipped_embedding: (ids, g, offsets, factors, torch.zeros(3, 3)),
+        raw.clipped_sum: (torch.randn(3, 7), factors, torch.zeros(7)),
+        raw.clip_accumulate_noise: (torch.randn(3, 7), factors, torch.zeros(7), *draw),
+        raw.add_noise: (torch.randn(7), torch.zeros(7), *draw),
+        raw.noise_adamw: (*(torch.rand(7) for _ in range(4)), *draw, 0.1, 0.9, 0.9, 1e-8, 0.0, 1),
+        raw.noise_sgd: (*(torch.rand(7) for _ in range(3)), *draw, 0.1, 0.9, 0.0, 0.0, False, False),
+    }
+    for op, args in calls.items():
+        torch.library.opcheck(op.default, args, test_utils=tests)
+
+
+def test_a_backend_asked_for_by_name_runs_or_raises():
+    meta = torch.ones(5, 3, device="meta")
+    with pytest.raises(RuntimeError, match="cannot run on meta"):
+        ops.affine_norm(meta, None, torch.tensor([0, 5]), backend="cpp")
