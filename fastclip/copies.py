@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastclip.layers.bare import Targets, as_copies, params_of, shadowed
 from fastclip.layout import Law
 
 Run = Callable[..., Any]
+_PIECE = 1 << 22
 
 
 def same(x: Tensor, y: Tensor, tolerance: float = 1e-4) -> bool:
@@ -24,8 +25,18 @@ def same(x: Tensor, y: Tensor, tolerance: float = 1e-4) -> bool:
         return torch.equal(x, y)
     if x.dtype not in (torch.float32, torch.float64):
         tolerance = max(3e-2, tolerance)
-    scale = float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
-    return torch.allclose(x, y, rtol=0.0, atol=tolerance * scale + 1e-30, equal_nan=True)
+    scale = max((float(piece.abs().nan_to_num_(0.0, 0.0).max()) for (piece,) in _pieces(x)), default=0.0)
+    atol = tolerance * scale + 1e-30
+    return all(torch.allclose(p, q, rtol=0.0, atol=atol, equal_nan=True) for p, q in _pieces(x, y))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces: logits are large, and comparing them takes several copies."""
+    if tensors[0].numel() <= _PIECE or tensors[0].shape[0] == 0:
+        yield from [tensors] if tensors[0].numel() else []
+        return
+    for parts in zip(*(x.unbind(0) for x in tensors), strict=True):
+        yield from _pieces(*parts)
 
 
 def no_batch_dim(names: set[str]) -> str:

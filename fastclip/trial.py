@@ -155,17 +155,20 @@ class Probe:
             inputs.append(leaf)
         return inputs
 
-    def _differentiate(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]) -> Gradients:
-        """Gradients of the model's weighed output leaves at all layers' outputs. weigh: weights of leaf i, of its shape."""
+    def _outputs_of(self, inputs: Sequence[Any]) -> tuple[list[Any], Outputs]:
+        """The model's output leaves and what its layers answered with, both with their graph."""
         self._outputs = []
         try:
             with torch.enable_grad(), differentiable():
-                out = self._call(inputs, None)
-                layers, self._outputs = self._outputs, None
-                with NoDropout():
-                    return gradients(out, layers, weigh)
+                return self._call(inputs, None), self._outputs
         finally:
             self._outputs = None
+
+    def _differentiate(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]) -> Gradients:
+        """Gradients of the model's weighed output leaves at all layers' outputs. weigh: weights of leaf i, of its shape."""
+        out, layers = self._outputs_of(inputs)
+        with NoDropout(), differentiable():
+            return gradients(out, layers, weigh)
 
     def find_laws(self, bare: set[str]) -> None:
         """Fill ``laws``; comes before every other trial. bare: names of modules that use parameters of their own.
@@ -201,8 +204,8 @@ class Probe:
                     "the model writes what it sees into a buffer, which would be published without noise: do not"
                 )
         self._check_additive()
-        self._check_backward()
         self._check_whole_batch()
+        self._check_backward()
         if self._picks.seen:
             raise ValueError(
                 f"before {self._picker or 'its output'} the model picks rows by what they hold (a mask as index, nonzero), so "
@@ -250,19 +253,18 @@ class Probe:
 
     def _check_backward(self) -> None:
         """Changing one example, and the gradient that comes back to it, changes no other's gradient at any layer."""
-        small = self._differentiate(self._inputs(2, (), ()), lambda _i, x: torch.ones_like(x))
+        self._seen, self._plain_seen = {}, {}  # as large as activations, and done with
+        small = [x.shape for _, x in self._outputs_of(self._inputs(2, (), ()))[1]]
         dims = [growing_dim(s, x) for s, x in zip(self._small_out, self._plain_out, strict=True)]
-        runs = [
-            self._differentiate(self._inputs(3, changed, (2,)), partial(_weigh_rows, dims, changed))
-            for changed in ((), (0,), (2,))
-        ]
-        plain = runs[0]
-        for changed, other in ((0, runs[1]), (2, runs[2])):
+        plain = self._differentiate(self._inputs(3, (), ()), partial(_weigh_rows, dims, ()))
+        for changed in (0, 2):
             rest = [i for i in range(3) if i != changed]
-            for (name, x), (_, y), (_, s) in zip(plain, other, small, strict=True):
-                dim = growing_dim(s, x)
+            other = self._differentiate(self._inputs(3, (changed,), (2,)), partial(_weigh_rows, dims, (changed,)))
+            for (name, x), (_, y), shape in zip(plain, other, small, strict=True):
+                dim = None if x is None else next((i for i, n in enumerate(shape) if n != x.shape[i]), None)
                 if x is not None and dim is not None and not _rows_same(x, y, dim, rest, _OTHER_SHAPE):
                     raise ValueError(coupled(name))
+            del other, x, y  # as large as activations too
 
     def _check_whole_batch(self) -> None:
         """Three examples have the same rows in the whole batch as alone."""
@@ -460,8 +462,8 @@ def _rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int], tole
         return False
     if dim is None:
         return same(x, y, tolerance)
-    x, y = (t.movedim(dim, 0).unflatten(0, (3, -1))[list(examples)] for t in (x, y))
-    return same(x, y, tolerance)
+    x, y = (t.movedim(dim, 0).unflatten(0, (3, -1)) for t in (x, y))
+    return all(same(x[i], y[i], tolerance) for i in examples)
 
 
 @contextmanager
