@@ -23,21 +23,31 @@ void sort_rows(const std::vector<int64_t>& ids, int64_t first, int64_t last, std
   std::sort(order.begin(), order.end(), [&](int64_t s, int64_t t) { return ids[s] != ids[t] ? ids[s] < ids[t] : s < t; });
 }
 
+constexpr int64_t kLanes = 32;  // chains of additions that do not wait for each other
+
+template <class T>
+FASTCLIP_INLINE double square(const T* x, int64_t n) {
+  double lanes[kLanes] = {}, total = 0;
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const double value = static_cast<double>(x[c + l]);
+      lanes[l] += value * value;
+    }
+  for (; c < n; ++c) total += static_cast<double>(x[c]) * static_cast<double>(x[c]);
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
 template <class T>
 FASTCLIP_INLINE double body(const Rows<T>& g, const int64_t* rows, int64_t count, double* sum) {
-  double lanes[8] = {};
+  if (count == 1) return square(g.row(rows[0]), g.columns);
   for (int64_t c = 0; c < g.columns; ++c) sum[c] = static_cast<double>(g.row(rows[0])[c]);
   for (int64_t i = 1; i < count; ++i) {
     const T* row = g.row(rows[i]);
     for (int64_t c = 0; c < g.columns; ++c) sum[c] += static_cast<double>(row[c]);
   }
-  int64_t c = 0;
-  for (; c + 8 <= g.columns; c += 8)
-    for (int l = 0; l < 8; ++l) lanes[l] += sum[c + l] * sum[c + l];
-  double square = 0;
-  for (; c < g.columns; ++c) square += sum[c] * sum[c];
-  for (double lane : lanes) square += lane;
-  return square;
+  return square(sum, g.columns);
 }
 
 template <class T>

@@ -25,7 +25,7 @@ NOTICE = "trained without privacy: not for publication"
 def without_privacy(recipe: Recipe, display: Display) -> dict[str, Any]:
     """{"notice", "after", "cost"} of the run without privacy. RuntimeError with its last words if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "fastclip.finetune.compare"],
+        [sys.executable, "-c", "from fastclip.finetune.compare import main; main()"],
         input=json.dumps(recipe.to_json()),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE if display.console.quiet else None,
@@ -60,7 +60,7 @@ def train(recipe: Recipe, display: Display) -> dict[str, Any]:
     return {"notice": NOTICE, "after": task.evaluate(), "cost": history.cost(peak_bytes(task.device))}
 
 
-if __name__ == "__main__":
+def main() -> None:
     from rich.console import Console
 
     quiet()

@@ -1,0 +1,112 @@
+"""The compiled norms beside their plain formulation, the sgemm rate and the copy bandwidth of the same run.
+
+    python bench/norms.py [--rounds 5]
+
+linear_norm over lengths T and layers of GPT-2, RoBERTa-large, LoRA and an output head, about 1024 rows in units of one length;
+embedding_norm and affine_norm over 8192 rows. Interleaved rounds, medians; JSON to bench/results/norms_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from step import machine
+
+from fastclip import ops, reference
+
+RESULTS = Path(__file__).parent / "results"
+LAYERS = {
+    "GPT-2 768x768": (768, 768),
+    "GPT-2 768x2304": (768, 2304),
+    "GPT-2 768x3072": (768, 3072),
+    "RoBERTa-large 1024x1024": (1024, 1024),
+    "RoBERTa-large 1024x4096": (1024, 4096),
+    "LoRA 768x8": (768, 8),
+    "LoRA 8x768": (8, 768),
+    "head 768x50257": (768, 50257),
+}
+LENGTHS = (1, 8, 32, 128, 256, 512, 1024, 2048)
+ROWS = 1024
+
+
+def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each, taking turns; the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if round_:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def linear(name: str, length: int, rounds: int) -> dict[str, object]:
+    d, p = LAYERS[name]
+    units = max(1, ROWS // length)
+    a, g = torch.randn(units * length, d), torch.randn(units * length, p)
+    offsets = torch.arange(units + 1, dtype=torch.int32) * length
+    square = torch.randn(1024, 1024)
+    seconds = medians(
+        {
+            "compiled": lambda: ops.linear_norm_parts(a, g, offsets),
+            "plain": lambda: reference.linear_norm_parts(a, g, offsets),
+            "sgemm": lambda: square @ square,
+        },
+        rounds,
+    )
+    flops = units * min(length**2 * (d + p), 2 * length * d * p)
+    return {
+        "layer": name,
+        "length": length,
+        "units": units,
+        "seconds": seconds,
+        "time_to_plain": seconds["compiled"] / seconds["plain"],
+        "rate_to_sgemm": flops / seconds["compiled"] / (2 * 1024**3 / seconds["sgemm"]),
+    }
+
+
+def rowwise(rounds: int) -> dict[str, object]:
+    n, d = 8192, 768
+    g, x, out = torch.randn(n, d), torch.randn(n, d), torch.empty(n, d)
+    ids, offsets = torch.randint(0, 50257, (n,)), torch.arange(33, dtype=torch.int32) * 256
+    seconds = medians(
+        {
+            "copy": lambda: out.copy_(g),
+            "affine_norm, bias": lambda: ops.affine_norm(g, None, offsets),
+            "affine_norm, gain": lambda: ops.affine_norm(g, x, offsets),
+            "embedding_norm": lambda: ops.embedding_norm(ids, g, offsets),
+            "plain affine_norm, gain": lambda: reference.affine_norm(g, x, offsets),
+            "plain embedding_norm": lambda: reference.embedding_norm(ids, g, offsets),
+        },
+        4 * rounds,
+    )
+    read = {"affine_norm, bias": 1, "affine_norm, gain": 2, "embedding_norm": 1}  # times the bytes of g; a copy moves 2
+    ratio = {name: times * seconds["copy"] / 2 / seconds[name] for name, times in read.items()}
+    return {"rows": n, "columns": d, "seconds": seconds, "bandwidth_to_copy": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    result: dict[str, object] = {"machine": machine(), "rowwise": rowwise(rounds)}
+    print(json.dumps(result["rowwise"], indent=1))
+    sweep = []
+    for name in LAYERS:
+        for length in LENGTHS:
+            sweep.append(linear(name, length, rounds))
+            row = sweep[-1]
+            print(f"{name:24} T {length:5}  {row['time_to_plain']:5.2f} of plain  {row['rate_to_sgemm']:5.2f} of sgemm")
+    result["linear_norm"] = sweep
+    RESULTS.joinpath("norms_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
