@@ -142,7 +142,8 @@ class NoiseSource:
         """
         out = grad_sum if out is None else out
         std, scale, purpose = float(std), float(scale), Purpose(purpose)
-        _check(grad_sum, std, scale, offset, out)
+        _check(grad_sum, out)
+        draw = self.spend(offset, grad_sum.numel(), std, scale, purpose)
         if not grad_sum.numel():
             return out
 
@@ -151,7 +152,7 @@ class NoiseSource:
         noisy = out.detach().view(-1) if in_place else torch.empty(clean.shape, dtype=out.dtype)
         if _overlap(clean, noisy):
             clean = clean.clone()
-        ops.add_noise(clean, noisy, self.spend(offset, grad_sum.numel(), std, scale, purpose))
+        ops.add_noise(clean, noisy, draw)
         if not in_place:
             out.detach().copy_(noisy.view(out.shape))
         return out
@@ -159,11 +160,13 @@ class NoiseSource:
     def spend(self, offset: int, count: int, std: float, scale: float, purpose: Purpose = Purpose.GRADIENT) -> ops.Draw:
         """Takes elements [offset, offset + count) of this step: what is answered is to be drawn from once, at once.
 
-        For passes that do more than add noise; otherwise `add_`. Raises RuntimeError if some were drawn already.
+        For passes that do more than add noise; otherwise `add_`. Raises as `add_`, before anything is taken.
         """
+        _check_draw(std, scale, offset, count)
         self._leave_parent()
         draw = ops.Draw(std, scale, self._key, nonce(self._step, purpose, self._seeded), offset)
-        self._reserve(purpose, offset, offset + count)
+        if count:
+            self._reserve(purpose, offset, offset + count)
         return draw
 
     def _take(self, key: Key) -> None:
@@ -206,7 +209,7 @@ def _new_source(seeded: bool, step: int) -> NoiseSource:
     return source
 
 
-def _check(grad_sum: Tensor, std: float, scale: float, offset: int, out: Tensor) -> None:
+def _check(grad_sum: Tensor, out: Tensor) -> None:
     if grad_sum.dtype not in (torch.float32, torch.float64) or grad_sum.layout != torch.strided:
         raise ValueError(
             f"grad_sum must be dense fp32 or fp64, got {grad_sum.dtype}, {grad_sum.layout}; accumulate in fp32"
@@ -222,11 +225,14 @@ def _check(grad_sum: Tensor, std: float, scale: float, offset: int, out: Tensor)
         )
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(f"out must not be expanded, got strides {out.stride()}; pass a tensor with memory of its own")
+
+
+def _check_draw(std: float, scale: float, offset: int, count: int) -> None:
     if not (math.isfinite(std) and std >= 0):
         raise ValueError(f"std must be finite and at least 0, got {std}; it is noise_multiplier * max_grad_norm")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; it is 1 / expected_batch_size")
-    if not isinstance(offset, int) or offset < 0 or offset + grad_sum.numel() > MAX_BLOCKS * BLOCK_ELEMENTS:
+    if not isinstance(offset, int) or offset < 0 or offset + count > MAX_BLOCKS * BLOCK_ELEMENTS:
         raise ValueError(
             f"offset must be an integer in [0, 2^67 - numel], got {offset!r}; count the elements of all earlier tensors"
         )

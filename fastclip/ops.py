@@ -101,7 +101,7 @@ def backends() -> dict[str, dict[str, str]]:
         if _cpp_missing
         else {
             "state": "used",
-            "why": "compiled: all ops on CPU but row_norm_products, which runs in plain torch",
+            "why": "compiled: every op on CPU",
         },
         "torch": {"state": "used", "why": "plain torch and numpy, every device"},
     }

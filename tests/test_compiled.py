@@ -10,10 +10,9 @@ import torch
 
 from fastclip import ops
 from fastclip.random import Key, nonce
+from kernels import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-    ops.backends()["cpp"]["state"] == "absent", reason="no compiled kernels on this machine: no compiler at install"
-)
+pytestmark = needs_kernels
 KEY = Key(bytes(range(32)))
 
 

@@ -1,17 +1,15 @@
 """Every compiled op beside its plain formulation in fp64: shapes, dtypes, ragged units, what must not spread, bad input."""
 
 import itertools
-import re
 
 import pytest
 import torch
 
 from fastclip import ops, reference
 from fastclip.random import Key, nonce
+from kernels import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-    ops.backends()["cpp"]["state"] == "absent", reason="no compiled kernels on this machine: no compiler at install"
-)
+pytestmark = needs_kernels
 BOUNDS = {
     "ragged": [0, 3, 3, 20, 21, 52],
     "one row each": list(range(8)),
@@ -194,44 +192,58 @@ def bad(**changes):
     return good | changes
 
 
+SUMS = {"clipped_gemm", "clipped_embedding"}
+ALL = {*SUMS, "affine_norm", "embedding_norm", "linear_norm_parts", "row_norm_products"}
+# what is wrong, who must refuse it, and in what words
 BAD = {
-    "offsets fall": ({"offsets": torch.tensor([0, 4, 2, 5])}, "offsets"),
-    "offsets end early": ({"offsets": torch.tensor([0, 2, 4])}, "offsets"),
-    "offsets start late": ({"offsets": torch.tensor([1, 2, 5])}, "offsets"),
-    "float offsets": ({"offsets": torch.tensor([0.0, 2, 5])}, "offsets"),
-    "rows differ": ({"a": torch.ones(4, 4), "ids": torch.tensor([0, 1, 0, 1])}, r"\[N"),
-    "integer rows": ({"g": torch.ones(5, 3, dtype=torch.int32)}, "floating"),
-    "factors short": ({"factors": torch.ones(1)}, "factors"),
-    "narrow out": ({"gemm_out": torch.zeros(3, 4).half(), "table": torch.zeros(3, 3).half()}, "out"),
-    "another out": ({"gemm_out": torch.zeros(4, 3), "table": torch.zeros(3, 4)}, "out"),
-    "strided out": ({"gemm_out": torch.zeros(4, 3).T, "table": torch.zeros(3, 3).T}, "dense rows"),
-    "id too large": ({"ids": torch.tensor([0, 1, 0, 1, 3])}, "id 3"),
-    "id below 0": ({"ids": torch.tensor([0, 1, 0, 1, -1])}, "id -1"),
+    "offsets fall": ({"offsets": torch.tensor([0, 4, 2, 5])}, ALL, "offsets must rise"),
+    "offsets end early": ({"offsets": torch.tensor([0, 2, 4])}, ALL, "offsets must rise"),
+    "offsets start late": ({"offsets": torch.tensor([1, 2, 5])}, ALL, "offsets must rise"),
+    "float offsets": ({"offsets": torch.tensor([0.0, 2, 5])}, ALL, "offsets must be int32"),
+    "rows differ": ({"a": torch.ones(4, 4), "ids": torch.tensor([0, 1, 0, 1])}, ALL, r"\[N|shape"),
+    "integer rows": (
+        {"a": torch.ones(5, 4, dtype=torch.int32), "g": torch.ones(5, 3, dtype=torch.int32)},
+        ALL,
+        "floating",
+    ),
+    "factors short": ({"factors": torch.ones(1)}, SUMS, "factors"),
+    "narrow out": ({"gemm_out": torch.zeros(3, 4).half(), "table": torch.zeros(3, 3).half()}, SUMS, "fp32 or fp64"),
+    "another out": ({"gemm_out": torch.zeros(4, 3), "table": torch.zeros(3, 4)}, SUMS, "out must"),
+    "strided out": ({"gemm_out": torch.zeros(4, 3).T, "table": torch.zeros(3, 3).T}, SUMS, "dense rows"),
+    "id too large": ({"ids": torch.tensor([0, 1, 0, 1, 3])}, {"clipped_embedding"}, "id 3"),
+    "id below 0": ({"ids": torch.tensor([0, 1, 0, 1, -1])}, {"clipped_embedding"}, "id -1"),
 }
 
 
-@pytest.mark.parametrize(("changes", "word"), BAD.values(), ids=BAD)
-def test_bad_input_writes_nothing(changes, word):
+@pytest.mark.parametrize(("changes", "refusing", "word"), BAD.values(), ids=BAD)
+def test_bad_input_writes_nothing(changes, refusing, word):
     x = bad(**changes)
     raw = torch.ops.fastclip  # below the checks in Python
-    refused = 0
-    calls = [
-        lambda: raw.clipped_gemm(x["a"], x["g"], x["offsets"], x["factors"], x["gemm_out"], True),
-        lambda: raw.clipped_embedding(x["ids"], x["g"], x["offsets"], x["factors"], x["table"], None),
-        lambda: raw.affine_norm(x["g"], x["a"][:, :3], x["offsets"]),
-        lambda: raw.embedding_norm(x["ids"], x["g"], x["offsets"], None),
-        lambda: raw.linear_norm_parts(x["a"], x["g"], x["offsets"]),
-    ]
-    for call in calls:
-        try:
-            call()
-        except RuntimeError as error:
-            if re.search(word, str(error)):
-                refused += 1
-    assert refused
-    if "factors" in changes or "offsets" in changes or "gemm_out" in changes:
-        assert not x["gemm_out"].any()
-    assert not x["table"].any()
+    calls = {
+        "clipped_gemm": (x["a"], x["g"], x["offsets"], x["factors"], x["gemm_out"], True),
+        "clipped_embedding": (x["ids"], x["g"], x["offsets"], x["factors"], x["table"], None),
+        "affine_norm": (x["g"], x["a"][:, :3], x["offsets"]),
+        "embedding_norm": (x["ids"], x["g"], x["offsets"], None),
+        "linear_norm_parts": (x["a"], x["g"], x["offsets"]),
+        "row_norm_products": (x["a"], x["g"], x["offsets"]),
+    }
+    for name in refusing:
+        with pytest.raises(RuntimeError, match=word):
+            getattr(raw, name)(*calls[name])
+    for name in calls.keys() - refusing:
+        getattr(raw, name)(*calls[name])
+    for name, out in (("clipped_gemm", x["gemm_out"]), ("clipped_embedding", x["table"])):
+        assert bool(out.any()) == (name not in refusing)
+
+
+@pytest.mark.parametrize("columns", [1, 40])
+def test_row_norm_products(offsets, dtype, columns):
+    a, g = rows(offsets, columns, dtype), rows(offsets, 7, dtype, strided=True)
+    exact = a.double().norm(dim=1) * g.double().norm(dim=1)
+    wanted = reference.segment_sum(exact[:, None], None, offsets)[:, 0]
+    found = ops.row_norm_products(a, g, offsets, backend="cpp")
+    close(found, wanted, torch.float32)
+    assert bool((found >= wanted).all())  # a bound
 
 
 def test_opcheck():
@@ -241,6 +253,7 @@ def test_opcheck():
     draw = (1.0, 1.0, Key(bytes(32)).tensor(), 0, 0, 0)
     calls = {
         raw.linear_norm_parts: (a, g, offsets),
+        raw.row_norm_products: (a, g, offsets),
         raw.embedding_norm: (ids, g, offsets, 1),
         raw.tied_cross: (a, g, offsets, ids, a, offsets),
         raw.affine_norm: (g, g, offsets),

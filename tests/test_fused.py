@@ -9,10 +9,9 @@ from torch.optim import SGD, Adam, AdamW
 
 import fastclip
 from fastclip import fused, ops
+from kernels import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-    ops.backends()["cpp"]["state"] == "absent", reason="no compiled kernels on this machine: no compiler at install"
-)
+pytestmark = needs_kernels
 FUSED = {
     "AdamW": (AdamW, {"weight_decay": 0.1, "betas": (0.8, 0.95)}),
     "AdamW, a tensor rate": (AdamW, {"lr": torch.tensor(0.1)}),

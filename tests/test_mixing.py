@@ -472,3 +472,15 @@ def test_a_mean_over_the_tokens_of_a_packed_batch_inside_the_model():
     labels = torch.tensor([0, 1, 2, 0, 1, -100, 1, 2, 0])
     with pytest.raises(ValueError, match="in the backward of the model"), clipper.units(offsets=[0, 2, 5, 9]):
         clipper.model(torch.randn(9, WIDTH), labels=labels)
+
+
+def test_an_output_with_rows_of_nobody():
+    class Extra(Mixer):
+        def forward(self, x):
+            rows = super().forward(x)
+            return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+
+    model = Extra(lambda h: h)
+    fastclip.attach(model, 1.0)
+    with pytest.raises(ValueError, match="not independent"):
+        model(torch.randn(SIZE, LENGTH, WIDTH))

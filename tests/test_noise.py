@@ -433,3 +433,15 @@ def test_bad_seeds_and_steps_are_refused():
     with pytest.raises(ValueError, match="step must not be negative, got -1"):
         NoiseSource().renew(-1)
     assert torch.equal(draw(NoiseSource(np.int64(3)), 8), draw(NoiseSource(3), 8))
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"std": math.inf}, {"std": -1.0}, {"scale": math.nan}, {"offset": -1}, {"offset": 2**67}]
+)
+def test_what_is_spent_for_another_pass_is_checked_as_well(numbers):
+    source = NoiseSource()
+    with pytest.raises(ValueError):
+        source.spend(**({"offset": 0, "count": 8, "std": 1.0, "scale": 1.0} | numbers))
+    source.spend(0, 8, 1.0, 1.0)  # nothing was taken
+    with pytest.raises(RuntimeError, match="overlap"):
+        source.add_(torch.zeros(4), 1.0, offset=4)

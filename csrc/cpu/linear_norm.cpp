@@ -1,4 +1,4 @@
-// linear_norm_parts: per unit u, |W_u|^2 for W_u = sum_t g_t a_t^T, and sum_t |a_t||g_t|.
+// linear_norm_parts, row_norm_products: per unit u, |W_u|^2 for W_u = sum_t g_t a_t^T, and sum_t |a_t||g_t|.
 //
 // a: [N, d], g: [N, p] fp32, fp64, bf16 or fp16, offsets: int32 or int64 [U + 1] -> fp64 [2, U].
 // Gram route: sum over pairs of rows of (a_s . a_t)(g_s . g_t), L^2 (d + p) FLOPs by symmetry, in tiles of 128 rows that
@@ -136,6 +136,15 @@ double row_norm(const Rows<T>& x, int64_t t) {
   return std::sqrt(rest) * (1 + 1e-9);  // above its rounding
 }
 
+template <class T>
+std::vector<double> row_norms(const Rows<T>& x, int64_t rows) {
+  std::vector<double> norms(rows);
+  torch::stable::parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) norms[t] = row_norm(x, t);
+  });
+  return norms;
+}
+
 struct Task {
   int64_t unit, first, last;
 };
@@ -151,10 +160,7 @@ template <class T>
 void parts(const Rows<T>& a, const Rows<T>& g, const std::vector<int64_t>& bounds, const std::string& route, double* squares,
            double* spreads) {
   const int64_t units = bounds.size() - 1, rows = bounds.back(), d = a.columns, p = g.columns;
-  std::vector<double> a_norms(rows), g_norms(rows);
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) a_norms[t] = row_norm(a, t), g_norms[t] = row_norm(g, t);
-  });
+  const std::vector<double> a_norms = row_norms(a, rows), g_norms = row_norms(g, rows);
   std::vector<double> lost(units, 0.0);
   std::vector<Task> narrow, wide, direct;
   const auto tiles = [&](int64_t u, std::vector<Task>& list) {
@@ -231,8 +237,33 @@ Tensor linear_norm_parts(const Tensor& a_in, const Tensor& g_in, const Tensor& o
   return out;
 }
 
+// sum_t |a_t||g_t| a unit: the second of the parts alone.
+Tensor row_norm_products(const Tensor& a, const Tensor& g, const Tensor& offsets) {
+  const char* op = "row_norm_products";
+  STD_TORCH_CHECK(a.dim() == 2 && g.dim() == 2 && a.size(0) == g.size(0), op, ": a must be [N, d] and g [N, p] with the same N");
+  const auto bounds = bounds_of(op, offsets, a.size(0));
+  const int64_t units = bounds.size() - 1, rows = bounds.back();
+  const auto norms = [&](const Tensor& x) {
+    std::vector<double> out;
+    const Tensor dense = dense_rows(x, x.scalar_type());
+    by_dtype(op, x.scalar_type(), [&](auto zero) { out = row_norms(rows_of<decltype(zero)>(dense), rows); });
+    return out;
+  };
+  const std::vector<double> a_norms = norms(a), g_norms = norms(g);
+  Tensor out = torch::stable::new_empty(a, {units}, ScalarType::Double);
+  auto* to = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t u = 0; u < units; ++u) {
+    to[u] = 0;
+    for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) to[u] += a_norms[t] * g_norms[t];
+  }
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastclip, CPU, m) { m.impl("linear_norm_parts", TORCH_BOX(&linear_norm_parts)); }
+STABLE_TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
+  m.impl("linear_norm_parts", TORCH_BOX(&linear_norm_parts));
+  m.impl("row_norm_products", TORCH_BOX(&row_norm_products));
+}
 
 }  // namespace fastclip
