@@ -34,6 +34,7 @@ def compiled() -> dict:
             "-ffp-contract=off",
             "-fno-math-errno",
             "-Wno-psabi",
+            "-Wno-maybe-uninitialized",  # gcc about its own AVX-512 headers
         ],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}

@@ -7,7 +7,7 @@ A backend that is asked for by name and cannot run raises. Shapes and meanings s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from fastclip import random, reference
 Backend = Literal["triton", "cpp", "torch"]
 
 _SCHEMAS = {
-    "linear_norm_parts": '(Tensor a, Tensor g, Tensor offsets, str route="auto") -> Tensor',
+    "linear_norms": '(Tensor a, Tensor[] g, Tensor offsets, str route="auto") -> Tensor',
     "row_norm_products": "(Tensor a, Tensor g, Tensor offsets) -> Tensor",
     "embedding_norm": "(Tensor ids, Tensor g, Tensor offsets, int? padding_idx=None) -> Tensor",
     "tied_cross": "(Tensor h, Tensor z, Tensor head_offsets, Tensor ids, Tensor e, Tensor offsets, int? padding_idx=None)"
@@ -54,8 +54,8 @@ def _register() -> None:
         offsets = [x for x in args if isinstance(x, Tensor)][-1]  # the last tensor of every op that returns norms
         return offsets.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
-    def parts_fake(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto") -> Tensor:
-        return offsets.new_empty(2, offsets.shape[0] - 1, dtype=torch.float64)
+    def linear_norms_fake(a: Tensor, g: list[Tensor], offsets: Tensor, route: str = "auto") -> Tensor:
+        return offsets.new_empty(len(g), 2, offsets.shape[0] - 1, dtype=torch.float64)
 
     def segment_sum_fake(g: Tensor, x_hat: Tensor | None, offsets: Tensor) -> Tensor:
         return g.new_empty(offsets.shape[0] - 1, g.shape[1], dtype=reference.accumulation_dtype(g.dtype))
@@ -67,7 +67,7 @@ def _register() -> None:
         function, mutates = getattr(reference, name), schema.endswith("()")
         torch.library.define(f"fastclip::{name}", schema)
         torch.library.impl(f"fastclip::{name}", "default", without_result(function) if mutates else function)
-        special: dict[str, Callable[..., Any]] = {"segment_sum": segment_sum_fake, "linear_norm_parts": parts_fake}
+        special: dict[str, Callable[..., Any]] = {"segment_sum": segment_sum_fake, "linear_norms": linear_norms_fake}
         fake: Callable[..., Any] = nothing_fake if mutates else special.get(name, norms_fake)
         torch.library.register_fake(f"fastclip::{name}", fake)
     # No default in Python: frames between the dispatcher and the function would hold the key.
@@ -127,7 +127,8 @@ def _run(name: str, backend: Backend | None, *args: Any) -> Any:
 
 
 def _check_cpu(name: str, *args: Any) -> None:
-    devices = {str(x.device) for x in args if isinstance(x, Tensor)} - {"cpu"}
+    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
+    devices = {str(x.device) for x in tensors} - {"cpu"}
     if devices:
         raise RuntimeError(f'{name}: backend="cpp" cannot run on {", ".join(sorted(devices))}; leave backend out')
 
@@ -160,10 +161,19 @@ def linear_norm_parts(
     a: ``[N, d]``, g: ``[N, p]``, offsets: int32 ``[U + 1]``: :func:`fastclip.reference.linear_norm_parts`. Raises
     ValueError on shapes that do not fit or an unknown route, RuntimeError if ``backend`` cannot run.
     """
+    return linear_norms(a, [g], offsets, route, backend=backend)[0]
+
+
+def linear_norms(
+    a: Tensor, g: Sequence[Tensor], offsets: Tensor, route: str = "auto", *, backend: Backend | None = None
+) -> Tensor:
+    """fp64 ``[K, 2, U]``: :func:`linear_norm_parts` of K layers that read one input a. g: K times ``[N, p]``; raises as it."""
     if route not in ("auto", "gram", "direct"):
         raise ValueError(f'route must be "auto", "gram" or "direct", got {route!r}')
-    _check_rows(offsets, a=a, g=g)
-    return _run("linear_norm_parts", backend, a, g, offsets, route)
+    if not g:
+        raise ValueError("g must hold at least one tensor, got none")
+    _check_rows(offsets, a=a, **{f"g[{k}]" if len(g) > 1 else "g": x for k, x in enumerate(g)})
+    return _run("linear_norms", backend, a, list(g), offsets, route)
 
 
 def row_norm_products(a: Tensor, g: Tensor, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:

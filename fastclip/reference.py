@@ -6,7 +6,7 @@ with inf or NaN gets a non-finite norm and touches no other unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ UNIT_ROUNDOFF_FP64 = 2.0**-53
 UNIT_ROUNDOFF_FP32 = 2.0**-24
 # How far below the exact norm, relatively, linear_norm may come: the optimizer draws that much more noise.
 NORM_SLACK = 2.0**-8
+# Rows that do not cancel have (sum_t |a_t||g_t|)^2 of at most L times the squared norm; beyond this many L, fp64.
+CANCELLING = 4
 _CHUNK_BYTES = 64 << 20
 _GRAM_BLOCK = 128  # rows
 _SMALLEST_FP32_ROW = 1e-15  # products of rows below it may lose themselves to underflow
@@ -39,9 +41,10 @@ def linear_norm_parts(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto"
     Never below the exact value by more than a factor ``(1 - NORM_SLACK)^2``. The Gram sum cancels where rows do, so its
     error is bounded by what it sums: fp32 products in blocks of B columns, G blocks added in fp32 and the rest in fp64, are
     off by at most ``R = 2 (B + G + 1) 2^-24 (sum_t |a_t||g_t|)^2`` (Higham, Accuracy and Stability of Numerical
-    Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A unit for which R is not small beside the result is done again
-    in fp64, where the same bound is 1e-9 of that and is added. Rows that do not cancel have ``(sum_t |a_t||g_t|)^2`` of
-    about L times the squared norm, so that longer units get smaller blocks. The direct route runs in fp64 and sums squares.
+    Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A unit for which R is not small beside the result, or whose rows
+    cancel at all, is done again in fp64, where the same bound is 1e-9 of that and is added. Rows that do not cancel have
+    ``(sum_t |a_t||g_t|)^2`` of about L times the squared norm, so that longer units get smaller blocks. The direct route
+    runs in fp64 here and sums squares.
     """
     out = g.new_zeros(2, offsets.numel() - 1, dtype=torch.float64)
     d, p = a.shape[1], g.shape[1]
@@ -57,6 +60,11 @@ def linear_norm_parts(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto"
             out[0, here] = _gram(a_u, g_u, products) if gram else _direct(a_u, g_u)
             out[1, here] = products.sum(1)
     return out
+
+
+def linear_norms(a: Tensor, g: Sequence[Tensor], offsets: Tensor, route: str = "auto") -> Tensor:
+    """fp64 ``[K, 2, U]``: :func:`linear_norm_parts` of K layers that read one input a. g: K times ``[N, p]``."""
+    return torch.stack([linear_norm_parts(a, x, offsets, route) for x in g])
 
 
 def _gram(a: Tensor, g: Tensor, products: Tensor) -> Tensor:
@@ -75,8 +83,8 @@ def _gram(a: Tensor, g: Tensor, products: Tensor) -> Tensor:
     total = _gram_short(a.float(), g.float()) if short else _gram_fp32(a.float(), g.float(), columns, group)
     tiny = (_row_norms(a) < _SMALLEST_FP32_ROW) | (_row_norms(g) < _SMALLEST_FP32_ROW)
     lost = (products * tiny).sum(1).square_()
-    enough = (error * spread <= 2 * NORM_SLACK * total) & (lost <= 1e-9 * total) & (total > 1e-30)
-    again = ~(enough & total.isfinite())
+    enough = (error * spread <= 2 * NORM_SLACK * total) & (spread <= CANCELLING * length * total)
+    again = ~(enough & (lost <= 1e-9 * total) & (total > 1e-30) & total.isfinite())
     nothing = spread == 0  # a unit that does not touch this layer: common, and not worth another look
     if bool(nothing.any()):
         again[nothing] = ~((a[nothing] == 0).all(2).all(1) | (g[nothing] == 0).all(2).all(1))

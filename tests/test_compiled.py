@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastclip import ops
+from fastclip import ops, reference
 from fastclip.random import Key, nonce
 from kernels import needs_kernels
 
@@ -99,19 +99,19 @@ def test_one_row_and_one_column_may_have_any_stride(capfd):
 
 @pytest.mark.parametrize("length", [16, 200, 400, 1000])
 @pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4, 1e-6])
-def test_cancelling_units_beside_others_are_not_underestimated(length, share):
+@pytest.mark.parametrize("route", ["gram", "direct"])
+def test_cancelling_units_beside_others_are_not_underestimated(length, share, route):
     a, g, offsets = unit_rows([length, length, length], 300, 200)
     half = slice(length, length + length // 2), slice(length + length // 2, 2 * length)
     a[half[1]], g[half[1]] = a[half[0]], -g[half[0]] * (1 - share)
-    pairs = list(zip(a.double().split(length), g.double().split(length), strict=True))
-    exact = torch.stack([(y.T @ x).square().sum() for x, y in pairs])
     for backend in ("cpp", "torch"):
-        squares, products = ops.linear_norm_parts(a, g, offsets, "gram", backend=backend)
-        assert (squares >= exact * (1 - 1e-6)).all()
-        assert (squares <= exact * (1 + 1e-5) + 5e-12 * products**2).all()
+        assert_between(
+            ops.linear_norm_parts(a, g, offsets, route, backend=backend), exact_squares(a, g, length), length
+        )
 
 
-def test_rows_too_small_or_too_large_for_fp32_products():
+@pytest.mark.parametrize("route", ["gram", "direct"])
+def test_rows_too_small_or_too_large_for_fp32_products(route):
     a, g, offsets = unit_rows([40, 40, 40, 40], 200, 300)
     a[:40] *= 1e-25
     a[40:80] *= 1e25
@@ -119,7 +119,7 @@ def test_rows_too_small_or_too_large_for_fp32_products():
     a[120:] = 0
     pairs = list(zip(a.double().split(40), g.double().split(40), strict=True))
     exact = torch.stack([(y.T @ x).square().sum() for x, y in pairs])
-    torch.testing.assert_close(ops.linear_norm(a, g, offsets, "gram", backend="cpp"), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ops.linear_norm(a, g, offsets, route, backend="cpp"), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("route", ["gram", "direct"])
@@ -149,11 +149,11 @@ def test_norms_have_the_same_bits_for_any_number_of_threads(route):
 )
 def test_norms_refuse_bad_input(a, g, offsets, route, message):
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastclip.linear_norm_parts(a, g, torch.tensor(offsets, dtype=torch.int32), route)
+        torch.ops.fastclip.linear_norms(a, [g], torch.tensor(offsets, dtype=torch.int32), route)
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.fastclip.linear_norm_parts.default, unit_rows([3, 0, 5], 4, 6))
+    torch.library.opcheck(torch.ops.fastclip.linear_norms.default, shared_rows())
     key, out = KEY.tensor(), torch.zeros(100)
     torch.library.opcheck(torch.ops.fastclip.add_noise.default, (torch.ones(100), out, 1.0, 0.5, key, 1, 2, 3))
     torch.library.opcheck(torch.ops.fastclip.box_muller.default, (torch.arange(80).view(-1, 8),))
@@ -178,3 +178,75 @@ def test_bad_input_is_refused_before_anything_is_written(change, message):
     assert not arguments["out"].any()
     with pytest.raises(RuntimeError, match="words must be contiguous int64"):
         torch.ops.fastclip.box_muller(torch.zeros(8, 4, dtype=torch.int64))
+
+
+def shared_rows():
+    a, g, offsets = unit_rows([3, 0, 5], 4, 6)
+    return a, [g, g[:, :2]], offsets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("route", ["auto", "gram", "direct"])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_layers_of_one_input_have_the_norms_they_have_alone(dtype, route, backend):
+    a, g, offsets = unit_rows([1, 0, 70, 129, 600], 40, 90, dtype)
+    layers = [g, g[:, 5:25], g.roll(3, 0)]
+    layers[1][71:200] = 0  # a unit that one of the layers does not see
+    together = ops.linear_norms(a, layers, offsets, route, backend=backend)
+    alone = torch.stack([ops.linear_norm_parts(a, x, offsets, route, backend=backend) for x in layers])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+    assert together.shape == (3, 2, 5)
+
+
+def test_a_unit_that_cancels_in_one_layer_is_done_again_there_alone():
+    a, g, offsets = unit_rows([200, 200], 30, 20)
+    a[100:200] = a[:100]
+    cancelling = g.clone()
+    cancelling[100:200] = -g[:100] * (1 - 1e-6)
+    for route in ("gram", "direct"):
+        for parts, x in zip(
+            ops.linear_norms(a, [g, cancelling], offsets, route, backend="cpp"), (g, cancelling), strict=True
+        ):
+            assert_between(parts, exact_squares(a, x, 200), 200)
+
+
+def exact_squares(a, g, length):
+    rows = zip(a.double().split(length), g.double().split(length), strict=True)
+    return torch.stack([(y.T @ x).square().sum() for x, y in rows])
+
+
+def assert_between(parts, exact, length):
+    """Squares good to 1e-5; where rows cancel no more than 1e-6 below, and above by what is added then."""
+    squares, products = parts
+    cancel = products**2 > 1.01 * reference.CANCELLING * length * exact
+    assert (squares >= exact * (1 - torch.where(cancel, 1e-6, 1e-5))).all()
+    assert (squares <= exact * (1 + 1e-5) + 5e-12 * products**2).all()
+
+
+@pytest.mark.parametrize("route", ["gram", "direct"])
+@pytest.mark.parametrize("shape", [(48, 24, 16), (300, 8, 40)])
+def test_searched_for_rows_are_not_underestimated(route, shape):
+    """Rows are changed at random, and what brings the computed norm further below the exact one is kept."""
+    length, d, p = shape
+    a, g, offsets = unit_rows([length], d, p)
+    half = length // 2
+    generator = torch.Generator().manual_seed(length)
+
+    def shortfall(a, g):
+        parts, exact = ops.linear_norms(a, [g], offsets, route, backend="cpp")[0], exact_squares(a, g, length)
+        assert_between(parts, exact, length)
+        return float(1 - parts[0] / exact)
+
+    for share in (1.0, 3e-2, 1e-3):  # what is left when the second half is taken from the first
+        x, y = a.clone(), g.clone()
+        x[half:], y[half:] = x[:half], -y[:half] * (1 - share)
+        worst = shortfall(x, y)
+        for _ in range(150):
+            step = 10.0 ** -float(torch.randint(1, 7, (), generator=generator))
+            rows = torch.randint(0, length, (3,), generator=generator)
+            other_x, other_y = x.clone(), y.clone()
+            other_x[rows] += step * torch.randn(3, d, generator=generator)
+            other_y[rows] += step * torch.randn(3, p, generator=generator)
+            found = shortfall(other_x, other_y)
+            if found > worst:
+                worst, x, y = found, other_x, other_y

@@ -193,7 +193,7 @@ def bad(**changes):
 
 
 SUMS = {"clipped_gemm", "clipped_embedding"}
-ALL = {*SUMS, "affine_norm", "embedding_norm", "linear_norm_parts", "row_norm_products"}
+ALL = {*SUMS, "affine_norm", "embedding_norm", "linear_norms", "row_norm_products"}
 # what is wrong, who must refuse it, and in what words
 BAD = {
     "offsets fall": ({"offsets": torch.tensor([0, 4, 2, 5])}, ALL, "offsets must rise"),
@@ -224,7 +224,7 @@ def test_bad_input_writes_nothing(changes, refusing, word):
         "clipped_embedding": (x["ids"], x["g"], x["offsets"], x["factors"], x["table"], None),
         "affine_norm": (x["g"], x["a"][:, :3], x["offsets"]),
         "embedding_norm": (x["ids"], x["g"], x["offsets"], None),
-        "linear_norm_parts": (x["a"], x["g"], x["offsets"]),
+        "linear_norms": (x["a"], [x["g"]], x["offsets"]),
         "row_norm_products": (x["a"], x["g"], x["offsets"]),
     }
     for name in refusing:
@@ -252,7 +252,7 @@ def test_opcheck():
     raw, tests = torch.ops.fastclip, ("test_schema", "test_faketensor")
     draw = (1.0, 1.0, Key(bytes(32)).tensor(), 0, 0, 0)
     calls = {
-        raw.linear_norm_parts: (a, g, offsets),
+        raw.linear_norms: (a, [g, g], offsets),
         raw.row_norm_products: (a, g, offsets),
         raw.embedding_norm: (ids, g, offsets, 1),
         raw.tied_cross: (a, g, offsets, ids, a, offsets),

@@ -13,41 +13,38 @@ struct Sums {
   double columns[kColumns];
 };
 
-// Products and sums of four rows in the inputs' own fp32 (fp64 for fp64), of fours in fp64.
+// Products and sums of eight rows in the inputs' own fp32 (fp64 for fp64), of eights in fp64.
 template <class T>
 using Narrow = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class T>
-FASTCLIP_INLINE Narrow<T> term(const Rows<T>& g, const Rows<T>* x, int64_t t, int64_t c) {
-  const auto value = static_cast<Narrow<T>>(g.row(t)[c]);
-  return x ? value * static_cast<Narrow<T>>(x->row(t)[c]) : value;
+constexpr int64_t kTogether = 8;  // rows
+
+// x[0] + ... + x[n - 1] of term(i), halves first.
+template <int64_t n, class F>
+FASTCLIP_INLINE auto tree(const F& term, int64_t i = 0) {
+  if constexpr (n == 1)
+    return term(i);
+  else
+    return tree<n / 2>(term, i) + tree<n / 2>(term, i + n / 2);
 }
 
-template <class T>
-FASTCLIP_INLINE void body(const Rows<T>& g, const Rows<T>* x, int64_t first, int64_t last, int64_t column, int64_t count,
-                          double* sums) {
+template <class T, bool kGain>
+FASTCLIP_INLINE void add_rows(const Rows<T>& g, const Rows<T>& x, int64_t first, int64_t last, int64_t column, int64_t count,
+                              double* sums) {
+  const auto term = [&](int64_t t, int64_t c) FASTCLIP_LAMBDA {
+    const auto value = static_cast<Narrow<T>>(g.row(t)[column + c]);
+    if constexpr (kGain)
+      return value * static_cast<Narrow<T>>(x.row(t)[column + c]);
+    else
+      return value;
+  };
   for (int64_t c = 0; c < count; ++c) sums[c] = 0;
   int64_t t = first;
-  for (; t + 4 <= last; t += 4)
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t at = column + c;
-      sums[c] += (term(g, x, t, at) + term(g, x, t + 1, at)) + (term(g, x, t + 2, at) + term(g, x, t + 3, at));
-    }
+  for (; t + kTogether <= last; t += kTogether)
+    for (int64_t c = 0; c < count; ++c)
+      sums[c] += tree<kTogether>([&](int64_t i) FASTCLIP_LAMBDA { return term(t + i, c); });
   for (; t < last; ++t)
-    for (int64_t c = 0; c < count; ++c) sums[c] += term(g, x, t, column + c);
-}
-
-template <class T>
-FASTCLIP_AVX512 void run_avx512(const Rows<T>& g, const Rows<T>* x, int64_t i, int64_t j, int64_t c, int64_t n, double* sums) {
-  body(g, x, i, j, c, n, sums);
-}
-template <class T>
-FASTCLIP_AVX2 void run_avx2(const Rows<T>& g, const Rows<T>* x, int64_t i, int64_t j, int64_t c, int64_t n, double* sums) {
-  body(g, x, i, j, c, n, sums);
-}
-template <class T>
-void run_default(const Rows<T>& g, const Rows<T>* x, int64_t i, int64_t j, int64_t c, int64_t n, double* sums) {
-  body(g, x, i, j, c, n, sums);
+    for (int64_t c = 0; c < count; ++c) sums[c] += term(t, c);
 }
 
 // put(unit, column, count, sums) for every block of columns of every unit.
@@ -55,12 +52,15 @@ template <class T, class Put>
 void over_blocks(const Tensor& g_in, const std::optional<Tensor>& x_in, const std::vector<int64_t>& bounds, const Put& put) {
   const Rows<T> g = rows_of<T>(g_in);
   const Rows<T> x = x_in ? rows_of<T>(*x_in) : Rows<T>{};
-  const Capability chosen = capability();
-  const auto run = chosen == Capability::kAvx512 ? run_avx512<T> : chosen == Capability::kAvx2 ? run_avx2<T> : run_default<T>;
   const int64_t units = bounds.size() - 1, blocks = (g.columns + kColumns - 1) / kColumns;
   over_tasks<Sums>(units * blocks, [&](int64_t task, Sums& s) {
     const int64_t u = task / blocks, column = task % blocks * kColumns, count = std::min(kColumns, g.columns - column);
-    run(g, x_in ? &x : nullptr, bounds[u], bounds[u + 1], column, count, s.columns);
+    best([&]() FASTCLIP_LAMBDA {
+      if (x_in)
+        add_rows<T, true>(g, x, bounds[u], bounds[u + 1], column, count, s.columns);
+      else
+        add_rows<T, false>(g, x, bounds[u], bounds[u + 1], column, count, s.columns);
+    });
     put(u, column, count, s.columns);
   });
 }

@@ -1,77 +1,51 @@
 // clipped_gemm: out (+)= sum_u factors[u] g_u^T a_u.
 //
 // a: [N, d], g: [N, p], offsets: [U + 1], factors: [U], out: fp32 or fp64 [p, d]. The factor multiplies rows in out's dtype
-// while a slice of the longer side is packed for the BLAS; each slice of out is one product of its own, on one thread, so that
-// the number of threads shows nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
+// while they are packed; each slice of out is one product of its own, on one thread, so that the number of threads shows
+// nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
+#include "gemm.h"
 #include "rows.h"
 
 namespace fastclip {
 namespace {
 
 // Columns of the longer side a task takes: few enough that two threads are both busy to the end.
-constexpr int64_t kLeast = 96, kMost = 512, kTasks = 8;
+constexpr int64_t kLeast = 96, kMost = 768, kTasks = 4;
 
 struct Scratch {
-  std::vector<float> narrow;
-  std::vector<double> wide;
-  std::vector<float>& of(float) { return narrow; }
-  std::vector<double>& of(double) { return wide; }
+  Packs<float> narrow;
+  Packs<double> wide;
+  Packs<float>& of(float) { return narrow; }
+  Packs<double>& of(double) { return wide; }
 };
 
-// c [n, m] column-major of leading dimension ldc = x y^T + keep c; x: [n, k] and y: [m, k] column-major.
-void gemm(int n, int m, int k, const float* x, int ldx, const float* y, int ldy, float keep, float* c, int ldc) {
-  const float one = 1;
-  sgemm_("N", "T", &n, &m, &k, &one, x, &ldx, y, &ldy, &keep, c, &ldc);
-}
-void gemm(int n, int m, int k, const double* x, int ldx, const double* y, int ldy, double keep, double* c, int ldc) {
-  const double one = 1;
-  dgemm_("N", "T", &n, &m, &k, &one, x, &ldx, y, &ldy, &keep, c, &ldc);
-}
-
-template <class T, class Out>
-void pack(const Rows<T>& x, const std::vector<int64_t>& kept, const Out* factors, int64_t column, int64_t count, Out* to) {
-  for (size_t i = 0; i < kept.size(); ++i) {
-    const T* from = x.row(kept[i]) + column;
-    const Out factor = factors ? factors[i] : Out{1};
-    for (int64_t c = 0; c < count; ++c) *to++ = factor * static_cast<Out>(from[c]);
-  }
+// The rows that count, without the others: themselves, or a copy.
+template <class T>
+Rows<T> gathered(const Rows<T>& x, const std::vector<int64_t>& kept, Buffer<T>& into) {
+  if (kept.back() == static_cast<int64_t>(kept.size()) - 1) return x;
+  T* to = into.get(kept.size() * x.columns);
+  for (size_t i = 0; i < kept.size(); ++i) std::copy(x.row(kept[i]), x.row(kept[i]) + x.columns, to + i * x.columns);
+  return {to, x.columns, x.columns};
 }
 
 template <class Out, class A, class G>
-void products(const Rows<A>& a, const Rows<G>& g, const std::vector<int64_t>& kept, const std::vector<Out>& factors, Out keep,
-              Out* out, int64_t stride) {
+void products(const Rows<A>& all_a, const Rows<G>& all_g, const std::vector<int64_t>& kept, const std::vector<Out>& factors,
+              bool accumulate, Out* out, int64_t stride) {
+  Buffer<A> a_copy;
+  Buffer<G> g_copy;
+  const Rows<A> a = gathered(all_a, kept, a_copy);
+  const Rows<G> g = gathered(all_g, kept, g_copy);
+  const View<G> left{g.data, 1, g.stride};
+  const View<A> right{a.data, a.stride, 1};
   const bool along_p = g.columns >= a.columns;
-  const int64_t longer = std::max(a.columns, g.columns), shorter = std::min(a.columns, g.columns), k = kept.size();
-  // The shorter side is used whole by every task: as it is where the BLAS can read it, else copied once.
-  std::vector<Out> copy;
-  const Out* whole = nullptr;
-  int64_t whole_stride = shorter;
-  const bool all = k && kept.back() == k - 1;  // no row left out
-  const auto side = [&](const auto& x) {
-    using T = std::remove_const_t<std::remove_reference_t<decltype(*x.data)>>;
-    if constexpr (std::is_same_v<T, Out>) {
-      if (all) {
-        whole = x.data, whole_stride = x.stride;
-        return;
-      }
-    }
-    copy.resize(k * shorter);
-    pack<T, Out>(x, kept, nullptr, 0, shorter, copy.data());
-    whole = copy.data();
-  };
-  along_p ? side(a) : side(g);
+  const int64_t longer = std::max(a.columns, g.columns), k = kept.size();
   const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, kMost);
   over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
-    const int64_t column = task * step, count = std::min(step, longer - column);
-    auto& packed = s.of(Out{});
-    packed.resize(std::max<size_t>(packed.size(), k * count));
-    if (along_p) {
-      pack(g, kept, factors.data(), column, count, packed.data());
-      gemm(a.columns, count, k, whole, whole_stride, packed.data(), count, keep, out + column * stride, stride);
-    } else {
-      pack(a, kept, factors.data(), column, count, packed.data());
-      gemm(count, g.columns, k, packed.data(), count, whole, whole_stride, keep, out + column, stride);
-    }
+    const int64_t first = task * step, count = std::min(step, longer - first);
+    if (along_p)
+      gemm<Out>(s.of(Out{}), count, a.columns, k, left.at(first, 0), right, factors.data(), accumulate, out + first * stride, stride);
+    else
+      gemm<Out>(s.of(Out{}), g.columns, count, k, left, right.at(0, first), factors.data(), accumulate, out + first, stride);
   });
 }
 
@@ -93,7 +67,7 @@ void launch(const Tensor& a_in, const Tensor& g_in, const std::vector<int64_t>& 
   by_dtype("clipped_gemm", a_in.scalar_type(), [&](auto a_zero) {
     by_dtype("clipped_gemm", g_in.scalar_type(), [&](auto g_zero) {
       products<Out>(rows_of<decltype(a_zero)>(a_dense), rows_of<decltype(g_zero)>(g_dense), kept, factors,
-                    accumulate ? Out{1} : Out{0}, to, stride);
+                    accumulate, to, stride);
     });
   });
 }

@@ -13,7 +13,7 @@ namespace fastclip {
 enum class Capability { kDefault, kAvx2, kAvx512 };
 
 // Honours ATEN_CPU_CAPABILITY, torch's own switch: default, avx2 or avx512.
-inline Capability capability() {
+inline Capability find_capability() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const bool not_avx512 = wanted && std::strcmp(wanted, "avx512") != 0;
@@ -27,8 +27,14 @@ inline Capability capability() {
   return Capability::kDefault;
 }
 
+inline Capability capability() {
+  static const Capability found = find_capability();
+  return found;
+}
+
 }  // namespace fastclip
 
+#define FASTCLIP_LAMBDA __attribute__((always_inline))
 #if defined(__x86_64__)
 #define FASTCLIP_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
 #define FASTCLIP_AVX2 __attribute__((target("avx2")))
@@ -36,3 +42,19 @@ inline Capability capability() {
 #define FASTCLIP_AVX512
 #define FASTCLIP_AVX2
 #endif
+
+namespace fastclip {
+
+template <class F>
+FASTCLIP_AVX512 auto as_avx512(const F& f) { return f(); }
+template <class F>
+FASTCLIP_AVX2 auto as_avx2(const F& f) { return f(); }
+
+// f(), compiled for each instruction set: a lambda marked FASTCLIP_LAMBDA, which calls FASTCLIP_INLINE code only.
+template <class F>
+auto best(const F& f) {
+  const Capability chosen = capability();
+  return chosen == Capability::kAvx512 ? as_avx512(f) : chosen == Capability::kAvx2 ? as_avx2(f) : f();
+}
+
+}  // namespace fastclip

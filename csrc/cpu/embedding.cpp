@@ -4,6 +4,8 @@
 // norms and in the order of the rows for the clipped sum. What is read is g, once.
 #include <numeric>
 
+#include "gemm.h"
+#include "lanes.h"
 #include "rows.h"
 
 namespace fastclip {
@@ -11,7 +13,7 @@ namespace {
 
 struct Scratch {
   std::vector<int64_t> order;
-  std::vector<double> left, right, wide;
+  Buffer<double> left, right, wide;
 };
 
 // Places of [first, last) without padding rows, by id and then by place.
@@ -23,39 +25,15 @@ void sort_rows(const std::vector<int64_t>& ids, int64_t first, int64_t last, std
   std::sort(order.begin(), order.end(), [&](int64_t s, int64_t t) { return ids[s] != ids[t] ? ids[s] < ids[t] : s < t; });
 }
 
-constexpr int64_t kLanes = 32;  // chains of additions that do not wait for each other
-
 template <class T>
-FASTCLIP_INLINE double square(const T* x, int64_t n) {
-  double lanes[kLanes] = {}, total = 0;
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes)
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const double value = static_cast<double>(x[c + l]);
-      lanes[l] += value * value;
-    }
-  for (; c < n; ++c) total += static_cast<double>(x[c]) * static_cast<double>(x[c]);
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
-template <class T>
-FASTCLIP_INLINE double body(const Rows<T>& g, const int64_t* rows, int64_t count, double* sum) {
+FASTCLIP_INLINE double run_square(const Rows<T>& g, const int64_t* rows, int64_t count, double* sum) {
   if (count == 1) return square(g.row(rows[0]), g.columns);
   for (int64_t c = 0; c < g.columns; ++c) sum[c] = static_cast<double>(g.row(rows[0])[c]);
   for (int64_t i = 1; i < count; ++i) {
-    const T* row = g.row(rows[i]);
-    for (int64_t c = 0; c < g.columns; ++c) sum[c] += static_cast<double>(row[c]);
+    add_to(sum, g.row(rows[i]), g.columns);
   }
   return square(sum, g.columns);
 }
-
-template <class T>
-FASTCLIP_AVX512 double run_avx512(const Rows<T>& g, const int64_t* rows, int64_t n, double* s) { return body(g, rows, n, s); }
-template <class T>
-FASTCLIP_AVX2 double run_avx2(const Rows<T>& g, const int64_t* rows, int64_t n, double* s) { return body(g, rows, n, s); }
-template <class T>
-double run_default(const Rows<T>& g, const int64_t* rows, int64_t n, double* s) { return body(g, rows, n, s); }
 
 std::vector<int64_t> ids_of(const char* op, const Tensor& ids, const Tensor& g) {
   STD_TORCH_CHECK(ids.dim() == 1 && g.dim() == 2 && ids.size(0) == g.size(0), op, ": ids must be [N] and g [N, d]");
@@ -74,15 +52,12 @@ Tensor embedding_norm(const Tensor& ids_in, const Tensor& g_in, const Tensor& of
   by_dtype("embedding_norm", g_in.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> g = rows_of<T>(dense);
-    const Capability chosen = capability();
-    const auto run = chosen == Capability::kAvx512 ? run_avx512<T> : chosen == Capability::kAvx2 ? run_avx2<T> : run_default<T>;
     over_tasks<Scratch>(units, [&](int64_t u, Scratch& s) {
       sort_rows(ids, bounds[u], bounds[u + 1], padding, s.order);
-      s.wide.resize(std::max<size_t>(s.wide.size(), g.columns));
-      double total = 0;
+      double *sum = s.wide.get(g.columns), total = 0;
       for (size_t i = 0, j; i < s.order.size(); i = j) {
         for (j = i + 1; j < s.order.size() && ids[s.order[j]] == ids[s.order[i]];) ++j;
-        total += run(g, &s.order[i], j - i, s.wide.data());
+        total += best([&]() FASTCLIP_LAMBDA { return run_square(g, &s.order[i], j - i, sum); });
       }
       to[u] = total;
     });
@@ -172,16 +147,14 @@ Tensor tied_cross(const Tensor& h_in, const Tensor& z_in, const Tensor& head_off
       const int n = s.order.size();
       parts[task] = 0;
       if (n == 0 || d == 0) return;
-      s.left.resize(std::max<size_t>(s.left.size(), int64_t{m} * d));
-      s.right.resize(std::max<size_t>(s.right.size(), int64_t{n} * d));
-      s.wide.resize(std::max<size_t>(s.wide.size(), int64_t{m} * n));
-      for (int i = 0; i < m; ++i) std::copy(h.row(first + i), h.row(first + i) + d, &s.left[int64_t{i} * d]);
-      for (int j = 0; j < n; ++j) std::copy(e.row(s.order[j]), e.row(s.order[j]) + d, &s.right[int64_t{j} * d]);
+      double *left = s.left.get(int64_t{m} * d), *right = s.right.get(int64_t{n} * d), *product = s.wide.get(int64_t{m} * n);
+      for (int i = 0; i < m; ++i) std::copy(h.row(first + i), h.row(first + i) + d, left + int64_t{i} * d);
+      for (int j = 0; j < n; ++j) std::copy(e.row(s.order[j]), e.row(s.order[j]) + d, right + int64_t{j} * d);
       const double one = 1, none = 0;
-      dgemm_("T", "N", &n, &m, &d, &one, s.right.data(), &d, s.left.data(), &d, &none, s.wide.data(), &n);
+      dgemm_("T", "N", &n, &m, &d, &one, right, &d, left, &d, &none, product, &n);
       double total = 0;
       for (int i = 0; i < m; ++i)
-        for (int j = 0; j < n; ++j) total += static_cast<double>(z.row(first + i)[ids[s.order[j]]]) * s.wide[int64_t{i} * n + j];
+        for (int j = 0; j < n; ++j) total += static_cast<double>(z.row(first + i)[ids[s.order[j]]]) * product[int64_t{i} * n + j];
       parts[task] = total;
     });
   });

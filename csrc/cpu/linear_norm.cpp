@@ -1,30 +1,24 @@
-// linear_norm_parts, row_norm_products: per unit u, |W_u|^2 for W_u = sum_t g_t a_t^T, and sum_t |a_t||g_t|.
+// linear_norms, row_norm_products: per unit u, |W_u|^2 for W_u = sum_t g_t a_t^T, and sum_t |a_t||g_t|.
 //
-// a: [N, d], g: [N, p] fp32, fp64, bf16 or fp16, offsets: int32 or int64 [U + 1] -> fp64 [2, U].
-// Gram route: sum over pairs of rows of (a_s . a_t)(g_s . g_t), L^2 (d + p) FLOPs by symmetry, in tiles of 128 rows that
-// are squared and dropped. Direct route: W_u in slices, 2 L d p FLOPs, fp64. Products go to the BLAS that torch carries, one
-// thread a tile. fastclip/reference.py says which precision suffices when, and why; the rule here is the same.
+// a: [N, d], K times g: [N, p] fp32, fp64, bf16 or fp16, offsets: int32 or int64 [U + 1] -> fp64 [K, 2, U].
+// Gram route: sum over pairs of rows of (a_s . a_t)(g_s . g_t), L^2 (d + p) FLOPs by symmetry, in tiles of rows that are
+// squared and dropped; the products of a serve all g. Direct route: W_u in slices, 2 L d p FLOPs. Products go to the BLAS that
+// torch carries, one thread a tile. docs/sensitivity.md says which precision suffices when, and why.
 #include <cmath>
 #include <string>
 
+#include "gemm.h"
+#include "lanes.h"
 #include "rows.h"
 
 namespace fastclip {
 namespace {
 
-constexpr double kRoundoff32 = 0x1p-24, kRoundoff64 = 0x1p-53, kNormSlack = 0x1p-8, kSmallestRow = 1e-15;
-constexpr int64_t kRows = 128;      // of a tile
-constexpr int64_t kWideColumns = 256;  // converted to fp64 at a time
-
-// c [m, n] = x y^T + keep c, all row-major. x: [m, k], y: [n, k].
-void gemm(int m, int n, int k, const float* x, int ldx, const float* y, int ldy, float keep, float* c) {
-  const float one = 1;
-  sgemm_("T", "N", &n, &m, &k, &one, y, &ldy, x, &ldx, &keep, c, &n);
-}
-void gemm(int m, int n, int k, const double* x, int ldx, const double* y, int ldy, double keep, double* c) {
-  const double one = 1;
-  dgemm_("T", "N", &n, &m, &k, &one, y, &ldy, x, &ldx, &keep, c, &n);
-}
+constexpr double kRoundoff32 = 0x1p-24, kRoundoff64 = 0x1p-53, kNormSlack = 0x1p-8, kSmallestRow = 1e-15, kCancelling = 4;
+constexpr int64_t kRows = 128, kFewRows = 64;  // of a tile; the fewer, the less of a short unit is done twice
+constexpr int64_t kFew = 16;                   // rows of a unit that are multiplied where they are
+constexpr int64_t kSliceRows = 256;            // of the direct route, summed in fp32
+constexpr int64_t kSlice = int64_t{1} << 17;   // elements of W_u
 
 // Columns whose products are summed in fp32, and how many such blocks before fp64 takes over.
 struct Blocks {
@@ -40,199 +34,342 @@ Blocks blocks_for(int64_t d, int64_t p, int64_t length) {
 }
 
 struct Scratch {
-  std::vector<float> tile, block;
-  std::vector<double> left, right, wide;
+  Packs<float> packs;
+  Packs<double> wide_packs;
+  Buffer<float> tile, other, copy;
+  Buffer<double> left, right;
+  Packs<float>& of(float) { return packs; }
+  Packs<double>& of(double) { return wide_packs; }
+  Buffer<float>& product(float) { return tile; }
+  Buffer<double>& product(double) { return right; }
 };
 
-template <class T, class To>
-const To* load(const Rows<T>& x, int64_t first, int64_t last, int64_t column, int64_t columns, std::vector<To>& into) {
-  into.resize(std::max<size_t>(into.size(), (last - first) * columns));
-  To* to = into.data();
-  for (int64_t t = first; t < last; ++t)
-    for (const T *from = x.row(t) + column, *end = from + columns; from < end;) *to++ = static_cast<To>(*from++);
-  return into.data();
+template <class T>
+View<T> view(const Rows<T>& x) {
+  return {x.data, x.stride, 1};
 }
 
-// out [j - i, stop - i] = products of rows i:j with rows i:stop, fp32 in blocks of columns, blocks added as `how` says.
+// The rows i:j of a unit that ends at stop, with all from i on.
+struct Tile {
+  int64_t unit, i, j, stop;
+};
+
+// [j - i, stop - i]: products of rows i:j with rows i:stop, over all columns in one sum.
+template <class To, class T>
+const To* products(const Rows<T>& x, const Tile& tile, Scratch& s, Buffer<To>& into) {
+  const int64_t m = tile.j - tile.i, n = tile.stop - tile.i;
+  To* out = into.get(m * n);
+  const View<T> rows = view(x).at(tile.i, 0);
+  gemm<To>(s.of(To{}), m, n, x.columns, rows, rows.transposed(), nullptr, false, out, n);
+  return out;
+}
+
+// The same in fp64, from fp32 sums over blocks of columns, blocks added as `how` says.
 template <class T>
-void products(const Rows<T>& x, int64_t i, int64_t j, int64_t stop, const Blocks& how, Scratch& s, std::vector<double>& out) {
-  const int64_t m = j - i, n = stop - i;
-  out.assign(m * n, 0.0);
-  s.tile.resize(std::max<size_t>(s.tile.size(), m * n));
+const double* blocked_products(const Rows<T>& x, const Tile& tile, const Blocks& how, Scratch& s, Buffer<double>& into) {
+  const int64_t m = tile.j - tile.i, n = tile.stop - tile.i;
+  double* out = into.get(m * n);
+  float* sums = s.tile.get(m * n);
+  std::fill(out, out + m * n, 0.0);
   int64_t pending = 0;
   for (int64_t column = 0; column < x.columns; column += how.columns) {
     const int64_t k = std::min(how.columns, x.columns - column);
-    const float* rows;
-    int64_t stride;
-    if constexpr (std::is_same_v<T, float>)
-      rows = x.row(i) + column, stride = x.stride;
-    else
-      rows = load(x, i, stop, column, k, s.block), stride = k;
-    gemm(m, n, k, rows, stride, rows, stride, pending ? 1.0f : 0.0f, s.tile.data());
+    const View<T> rows = view(x).at(tile.i, column);
+    gemm<float>(s.packs, m, n, k, rows, rows.transposed(), nullptr, pending > 0, sums, n);
     if (++pending == how.group || column + k == x.columns) {
-      for (int64_t e = 0; e < m * n; ++e) out[e] += s.tile[e];
+      best([&]() FASTCLIP_LAMBDA { add_to(out, sums, m * n); });
       pending = 0;
     }
   }
+  return out;
 }
 
-// The same with fp64 products.
+// [n, n]: the same for all n rows of a short unit, which are not worth packing; half of them by symmetry.
 template <class T>
-void products_fp64(const Rows<T>& x, int64_t i, int64_t j, int64_t stop, Scratch& s, std::vector<double>& out) {
-  const int64_t m = j - i, n = stop - i;
-  out.assign(m * n, 0.0);
-  for (int64_t column = 0; column < x.columns; column += kWideColumns) {
-    const int64_t k = std::min(kWideColumns, x.columns - column);
-    const double* rows = load(x, i, stop, column, k, s.wide);
-    gemm(m, n, k, rows, k, rows, k, 1.0, out.data());
-  }
-}
-
-template <class T>
-double gram_tile(const Rows<T>& a, const Rows<T>& g, int64_t i, int64_t j, int64_t stop, const Blocks* how, Scratch& s) {
-  if (how) {
-    products(a, i, j, stop, *how, s, s.left);
-    products(g, i, j, stop, *how, s, s.right);
-  } else {
-    products_fp64(a, i, j, stop, s, s.left);
-    products_fp64(g, i, j, stop, s, s.right);
-  }
-  const int64_t m = j - i, n = stop - i;
-  double square = 0, above = 0;
-  for (int64_t r = 0; r < m; ++r) {
-    const double *x = &s.left[r * n], *y = &s.right[r * n];
-    for (int64_t c = 0; c < m; ++c) square += x[c] * y[c];
-    for (int64_t c = m; c < n; ++c) above += x[c] * y[c];
-  }
-  return square + 2 * above;
-}
-
-// Columns first:last of g against all of a: a slice of W_u, squared and dropped.
-template <class T>
-double direct_slice(const Rows<T>& a, const Rows<T>& g, int64_t start, int64_t stop, int64_t first, int64_t last, Scratch& s) {
-  const int length = stop - start, m = last - first, d = a.columns;
-  const double* x = load(g, start, stop, first, m, s.left);    // [L, m]
-  const double* y = load(a, start, stop, 0, a.columns, s.right);  // [L, d]
-  s.wide.resize(std::max<size_t>(s.wide.size(), int64_t{m} * d));
-  const double one = 1, zero = 0;
-  dgemm_("N", "T", &d, &m, &length, &one, y, &d, x, &m, &zero, s.wide.data(), &d);
-  double total = 0;
-  for (int64_t e = 0; e < int64_t{m} * d; ++e) total += s.wide[e] * s.wide[e];
-  return total;
-}
-
-template <class T>
-double row_norm(const Rows<T>& x, int64_t t) {
-  const T* row = x.row(t);
-  double lanes[8] = {}, rest = 0;
-  int64_t c = 0;
-  for (; c + 8 <= x.columns; c += 8)
-    for (int l = 0; l < 8; ++l) {
-      const double value = static_cast<double>(row[c + l]);
-      lanes[l] += value * value;
+const float* few_products(const Rows<T>& x, const Tile& tile, Buffer<float>& copy, Buffer<float>& into) {
+  const int64_t n = tile.stop - tile.i;
+  const float* rows[kFew + 3];
+  for (int64_t r = 0; r < n; ++r) {
+    if constexpr (std::is_same_v<T, float>) {
+      rows[r] = x.row(tile.i + r);
+    } else {
+      float* to = copy.get(n * x.columns) + r * x.columns;
+      for (int64_t c = 0; c < x.columns; ++c) to[c] = static_cast<float>(x.row(tile.i + r)[c]);
+      rows[r] = to;
     }
-  for (; c < x.columns; ++c) rest += static_cast<double>(row[c]) * static_cast<double>(row[c]);
-  for (double lane : lanes) rest += lane;
-  return std::sqrt(rest) * (1 + 1e-9);  // above its rounding
+  }
+  for (int64_t r = n; r < n + 3; ++r) rows[r] = rows[n - 1];
+  float* out = into.get(n * n);
+  best([&]() FASTCLIP_LAMBDA {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t c = r; c < n; c += 4) {
+        float found[4];
+        dots(rows[r], {rows[c], rows[c + 1], rows[c + 2], rows[c + 3]}, x.columns, found);
+        for (int64_t q = 0; q < 4 && c + q < n; ++q) out[r * n + c + q] = out[(c + q) * n + r] = found[q];
+      }
+  });
+  return out;
+}
+
+// A tile's part of the Gram sum from products of a and of g: what lies above the diagonal counts twice.
+template <class To>
+double weigh(const Tile& tile, const To* left, const To* right) {
+  const int64_t m = tile.j - tile.i, n = tile.stop - tile.i;
+  return best([&]() FASTCLIP_LAMBDA {
+    double total = 0;
+    for (int64_t r = 0; r < m; ++r) {
+      const To *x = left + r * n, *y = right + r * n;
+      total += dot(x, y, m) + 2 * dot(x + m, y + m, n - m);
+    }
+    return total;
+  });
+}
+
+// A slice of W_u: columns first:last of the wider one of a and g, against all of the other.
+struct Slice {
+  int64_t unit, first, last;
+};
+
+// It squared, in To = fp32 (rows in blocks that are added in fp64) or fp64.
+template <class To, class T>
+double square_slice(const Rows<T>& a, const Rows<T>& g, int64_t start, int64_t stop, const Slice& slice, Scratch& s) {
+  const bool along_g = g.columns >= a.columns;
+  const Rows<T>&cut = along_g ? g : a, &whole = along_g ? a : g;
+  const int64_t m = whole.columns, n = slice.last - slice.first, size = m * n;
+  const int64_t step = std::is_same_v<To, float> ? kSliceRows : stop - start;
+  To* product = s.product(To{}).get(size);
+  const bool blocks = stop - start > step;
+  double* sums = blocks ? s.left.get(size) : nullptr;
+  if (blocks) std::fill(sums, sums + size, 0.0);
+  for (int64_t t = start; t < stop; t += step) {
+    const View<T> x = view(whole).at(t, 0).transposed(), y = view(cut).at(t, slice.first);
+    gemm<To>(s.of(To{}), m, n, std::min(step, stop - t), x, y, nullptr, false, product, n);
+    if (blocks) best([&]() FASTCLIP_LAMBDA { add_to(sums, product, size); });
+  }
+  return best([&]() FASTCLIP_LAMBDA { return blocks ? square(sums, size) : square(product, size); });
 }
 
 template <class T>
 std::vector<double> row_norms(const Rows<T>& x, int64_t rows) {
   std::vector<double> norms(rows);
   torch::stable::parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) norms[t] = row_norm(x, t);
+    best([&]() FASTCLIP_LAMBDA {
+      for (int64_t t = first; t < last; ++t) norms[t] = square_above(x.row(t), x.columns);
+      for (int64_t t = first; t < last; ++t) norms[t] = __builtin_sqrt(norms[t]);
+    });
   });
   return norms;
 }
 
-struct Task {
-  int64_t unit, first, last;
+// The norms of one g, and what is yet to be done for them.
+struct Job {
+  std::vector<double> norms, lost;  // [N], and what tiny rows may lose, [U]
+  double *squares, *spreads;        // [U]
+  std::vector<bool> again;          // [U], in fp64
 };
 
-template <class F>
-std::vector<double> run(const std::vector<Task>& tasks, const F& work) {
-  std::vector<double> results(tasks.size());
-  over_tasks<Scratch>(tasks.size(), [&](int64_t t, Scratch& scratch) { results[t] = work(tasks[t], scratch); });
-  return results;
+// Whether fp32 has done: `error` bounds what the square is off by. Rows that do not cancel have spread^2 of at most `length`
+// times the square, and are then far closer than the bound; those that do are not left to it.
+bool enough(const Job& job, int64_t u, int64_t length, double error) {
+  const double square = job.squares[u], spread = job.spreads[u];
+  return std::isfinite(square) && error <= 2 * kNormSlack * square && spread * spread <= kCancelling * length * square &&
+         job.lost[u] * job.lost[u] <= 1e-9 * square && square > 1e-30;
 }
 
 template <class T>
-void parts(const Rows<T>& a, const Rows<T>& g, const std::vector<int64_t>& bounds, const std::string& route, double* squares,
-           double* spreads) {
-  const int64_t units = bounds.size() - 1, rows = bounds.back(), d = a.columns, p = g.columns;
-  const std::vector<double> a_norms = row_norms(a, rows), g_norms = row_norms(g, rows);
-  std::vector<double> lost(units, 0.0);
-  std::vector<Task> narrow, wide, direct;
-  const auto tiles = [&](int64_t u, std::vector<Task>& list) {
-    for (int64_t i = bounds[u]; i < bounds[u + 1]; i += kRows) list.push_back({u, i, std::min(i + kRows, bounds[u + 1])});
-  };
-  const auto blocks = [&](int64_t u) { return blocks_for(d, p, bounds[u + 1] - bounds[u]); };
-  for (int64_t u = 0; u < units; ++u) {
-    squares[u] = spreads[u] = 0;
-    for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) {
-      const double product = a_norms[t] * g_norms[t];
-      spreads[u] += product;
-      if (a_norms[t] < kSmallestRow || g_norms[t] < kSmallestRow) lost[u] += product;
-    }
-    const int64_t length = bounds[u + 1] - bounds[u];
-    if (length == 0 || (spreads[u] == 0 && !std::is_same_v<T, double>)) continue;  // all products of rows are exactly 0
-    if (route == "direct" || (route == "auto" && length * (d + p) > 2 * d * p)) {
-      const int64_t step = std::max<int64_t>(1, (int64_t{1} << 20) / d);
-      for (int64_t c = 0; c < p; c += step) direct.push_back({u, c, std::min(c + step, p)});
-    } else if (std::is_same_v<T, double> || blocks(u).terms * kRoundoff32 * length > 2 * kNormSlack) {
-      tiles(u, wide);
-    } else {
-      tiles(u, narrow);
-    }
+class Norms {
+ public:
+  Norms(const Rows<T>& a, const std::vector<Rows<T>>& g, const std::vector<int64_t>& bounds) : a(a), g(g), bounds(bounds) {
+    for (const Rows<T>& x : g) columns += x.columns, widest = std::max(widest, x.columns);
   }
 
-  const auto totals = run(narrow, [&](const Task& t, Scratch& s) {
-    const Blocks how = blocks(t.unit);
-    return gram_tile(a, g, t.first, t.last, bounds[t.unit + 1], &how, s);
-  });
-  for (size_t t = 0; t < narrow.size(); ++t) squares[narrow[t].unit] += totals[t];
-  for (size_t t = 0; t < narrow.size(); ++t) {
-    const int64_t u = narrow[t].unit;
-    if (t && narrow[t - 1].unit == u) continue;
-    const double spread = spreads[u] * spreads[u], error = blocks(u).terms * kRoundoff32 * spread;
-    if (std::isfinite(squares[u]) && error <= 2 * kNormSlack * squares[u] && lost[u] * lost[u] <= 1e-9 * squares[u] && squares[u] > 1e-30) continue;
-    squares[u] = 0;
-    tiles(u, wide);
+  void run(const std::string& route, double* out) {
+    const int64_t units = bounds.size() - 1;
+    const std::vector<double> a_norms = row_norms(a, bounds.back());
+    for (size_t k = 0; k < g.size(); ++k) {
+      jobs.push_back({row_norms(g[k], bounds.back()), std::vector<double>(units), out + 2 * k * units, out + (2 * k + 1) * units,
+                      std::vector<bool>(units)});
+      spread(a_norms, jobs.back());
+    }
+    std::vector<int64_t> single, gram, direct;
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t rows = length(u);
+      if (rows == 0) {
+        continue;
+      } else if (rows == 1 && !std::is_same_v<T, double>) {
+        single.push_back(u);  // squares of fp64 rows may underflow on the way
+      } else if (route == "direct" || (route == "auto" && rows * (a.columns + columns) > 2 * a.columns * columns)) {
+        direct.push_back(u);
+      } else {
+        gram.push_back(u);
+      }
+    }
+    by_row(single);
+    by_gram(gram);
+    by_slices(direct);
   }
 
-  const auto exact = run(wide, [&](const Task& t, Scratch& s) {
-    return gram_tile(a, g, t.first, t.last, bounds[t.unit + 1], nullptr, s);
-  });
-  for (size_t t = 0; t < wide.size(); ++t) {
-    const int64_t u = wide[t].unit;
-    squares[u] += exact[t];
-    if (t + 1 == wide.size() || wide[t + 1].unit != u) {
-      const double terms = d + p + 2 * (bounds[u + 1] - bounds[u]) + 4;
-      squares[u] += 4 * terms * kRoundoff64 * spreads[u] * spreads[u];
+ private:
+  int64_t length(int64_t u) const { return bounds[u + 1] - bounds[u]; }
+  Blocks blocks(int64_t u) const { return blocks_for(a.columns, widest, length(u)); }
+
+  void spread(const std::vector<double>& a_norms, Job& job) const {
+    for (size_t u = 0; u + 1 < bounds.size(); ++u) {
+      job.squares[u] = job.spreads[u] = 0;
+      for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) {
+        const double product = a_norms[t] * job.norms[t];
+        job.spreads[u] += product;
+        if (a_norms[t] < kSmallestRow || job.norms[t] < kSmallestRow) job.lost[u] += product;
+      }
     }
   }
 
-  const auto slices = run(direct, [&](const Task& t, Scratch& s) {
-    return direct_slice(a, g, bounds[t.unit], bounds[t.unit + 1], t.first, t.last, s);
-  });
-  for (size_t t = 0; t < direct.size(); ++t) squares[direct[t].unit] += slices[t];
-}
+  // Whether all products of rows are exactly 0.
+  bool nothing(const Job& job, int64_t u) const { return job.spreads[u] == 0 && !std::is_same_v<T, double>; }
 
-Tensor linear_norm_parts(const Tensor& a_in, const Tensor& g_in, const Tensor& offsets_in, std::string route) {
-  STD_TORCH_CHECK(a_in.dim() == 2 && g_in.dim() == 2 && a_in.size(0) == g_in.size(0),
-                  "linear_norm: a must be [N, d] and g [N, p] with the same N");
-  STD_TORCH_CHECK(a_in.size(1) > 0 && g_in.size(1) > 0, "linear_norm: a and g must have columns");
-  STD_TORCH_CHECK(a_in.size(1) < INT32_MAX && g_in.size(1) < INT32_MAX, "linear_norm: more than 2^31 columns");
-  STD_TORCH_CHECK(route == "auto" || route == "gram" || route == "direct", "linear_norm: unknown route ", route);
-  const auto bounds = bounds_of("linear_norm", offsets_in, a_in.size(0));
+  std::vector<Tile> tiles(const std::vector<int64_t>& units) const {
+    std::vector<Tile> list;
+    for (int64_t u : units) {
+      const int64_t step = length(u) <= 2 * kRows ? kFewRows : kRows;
+      for (int64_t i = bounds[u]; i < bounds[u + 1]; i += step) list.push_back({u, i, std::min(i + step, bounds[u + 1]), bounds[u + 1]});
+    }
+    return list;
+  }
+
+  // |g_t a_t^T| = |a_t||g_t|; what bounds them from above is not close enough.
+  void by_row(const std::vector<int64_t>& units) {
+    torch::stable::parallel_for(0, units.size(), 64, [&](int64_t first, int64_t last) {
+      best([&]() FASTCLIP_LAMBDA {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t t = bounds[units[i]];
+          const double left = square(a.row(t), a.columns);
+          for (size_t k = 0; k < g.size(); ++k) jobs[k].squares[units[i]] = left * square(g[k].row(t), g[k].columns);
+        }
+      });
+    });
+  }
+
+  void by_gram(const std::vector<int64_t>& units) {
+    std::vector<int64_t> narrow;
+    for (int64_t u : units) {
+      const bool wide = std::is_same_v<T, double> || blocks(u).terms * kRoundoff32 * length(u) > 2 * kNormSlack;
+      bool any = false;
+      for (Job& job : jobs) job.again[u] = wide && !nothing(job, u), any |= !nothing(job, u);
+      if (!wide && any) narrow.push_back(u);
+    }
+    const std::vector<Tile> list = tiles(narrow);
+    const auto parts = over(list, [&](const Tile& tile, Scratch& s, double* to) {
+      const Blocks how = blocks(tile.unit);
+      const auto each = [&](const auto* left, const auto& right) {
+        for (size_t k = 0; k < g.size(); ++k)
+          if (!nothing(jobs[k], tile.unit)) to[k] = weigh(tile, left, right(g[k]));
+      };
+      if (tile.i == bounds[tile.unit] && tile.stop - tile.i <= kFew)
+        each(few_products(a, tile, s.copy, s.tile), [&](const Rows<T>& x) { return few_products(x, tile, s.copy, s.other); });
+      else if (how.columns >= std::max(a.columns, widest))
+        each(products<float>(a, tile, s, s.tile), [&](const Rows<T>& x) { return products<float>(x, tile, s, s.other); });
+      else
+        each(blocked_products(a, tile, how, s, s.left),
+             [&](const Rows<T>& x) { return blocked_products(x, tile, how, s, s.right); });
+    });
+    add(list, parts);
+    for (int64_t u : narrow)
+      for (Job& job : jobs)
+        job.again[u] =
+            !nothing(job, u) && !enough(job, u, length(u), blocks(u).terms * kRoundoff32 * job.spreads[u] * job.spreads[u]);
+
+    for (size_t k = 0; k < g.size(); ++k) {
+      Job& job = jobs[k];
+      std::vector<int64_t> again;
+      for (int64_t u : units)
+        if (job.again[u]) again.push_back(u), job.squares[u] = 0;
+      const std::vector<Tile> rest = tiles(again);
+      const auto exact = over(rest, [&](const Tile& tile, Scratch& s, double* to) {
+        const double* left = products<double>(a, tile, s, s.left);
+        to[k] = weigh(tile, left, products<double>(g[k], tile, s, s.right));
+      });
+      add(rest, exact);
+      for (int64_t u : again) {
+        const double terms = a.columns + g[k].columns + 2 * length(u) + 4;
+        job.squares[u] += 4 * terms * kRoundoff64 * job.spreads[u] * job.spreads[u];
+      }
+    }
+  }
+
+  void by_slices(const std::vector<int64_t>& units) {
+    for (size_t k = 0; k < g.size(); ++k) {
+      Job& job = jobs[k];
+      const auto pass = [&](auto zero, bool again) {
+        std::vector<Slice> list;
+        const int64_t longer = std::max(a.columns, g[k].columns), shorter = std::min(a.columns, g[k].columns);
+        const int64_t step = std::clamp<int64_t>((longer / 4 + 15) / 16 * 16, 16, std::max<int64_t>(16, kSlice / shorter));
+        for (int64_t u : units) {
+          if (nothing(job, u) || (again && !job.again[u])) continue;
+          job.squares[u] = 0;
+          for (int64_t c = 0; c < longer; c += step) list.push_back({u, c, std::min(c + step, longer)});
+        }
+        const auto parts = over(list, [&](const Slice& slice, Scratch& s, double* to) {
+          to[k] = square_slice<decltype(zero)>(a, g[k], bounds[slice.unit], bounds[slice.unit + 1], slice, s);
+        });
+        add(list, parts);
+      };
+      if (std::is_same_v<T, double>) {
+        pass(double{}, false);
+        continue;
+      }
+      pass(float{}, false);
+      for (int64_t u : units) {
+        // |W_u| itself is off by no more than `off`; its square by twice that, and half of it again, of it.
+        const double off = (std::min(kSliceRows, length(u)) + 2) * kRoundoff32 * job.spreads[u];
+        job.again[u] = !nothing(job, u) && !enough(job, u, length(u), 2 * off * std::sqrt(job.squares[u]) + off * off);
+      }
+      pass(double{}, true);
+    }
+  }
+
+  // work(task, scratch, [K] sums) of every task -> [tasks, K]
+  template <class Task, class F>
+  std::vector<double> over(const std::vector<Task>& tasks, const F& work) const {
+    std::vector<double> results(tasks.size() * g.size());
+    over_tasks<Scratch>(tasks.size(), [&](int64_t t, Scratch& s) { work(tasks[t], s, &results[t * g.size()]); });
+    return results;
+  }
+
+  template <class Task>
+  void add(const std::vector<Task>& tasks, const std::vector<double>& parts) {
+    for (size_t t = 0; t < tasks.size(); ++t)
+      for (size_t k = 0; k < g.size(); ++k) jobs[k].squares[tasks[t].unit] += parts[t * g.size() + k];
+  }
+
+  const Rows<T>& a;
+  const std::vector<Rows<T>>& g;
+  const std::vector<int64_t>& bounds;
+  int64_t columns = 0, widest = 0;
+  std::vector<Job> jobs;
+};
+
+Tensor linear_norms(const Tensor& a_in, std::vector<Tensor> g_in, const Tensor& offsets_in, std::string route) {
+  const char* op = "linear_norm";
+  STD_TORCH_CHECK(!g_in.empty(), op, ": g must hold at least one tensor");
+  ScalarType type = a_in.scalar_type();
+  for (const Tensor& g : g_in) {
+    STD_TORCH_CHECK(a_in.dim() == 2 && g.dim() == 2 && a_in.size(0) == g.size(0), op,
+                    ": a must be [N, d] and g [N, p] with the same N");
+    STD_TORCH_CHECK(a_in.size(1) > 0 && g.size(1) > 0, op, ": a and g must have columns");
+    STD_TORCH_CHECK(a_in.size(1) < INT32_MAX && g.size(1) < INT32_MAX, op, ": more than 2^31 columns");
+    type = common(type, g.scalar_type());
+  }
+  STD_TORCH_CHECK(route == "auto" || route == "gram" || route == "direct", op, ": unknown route ", route);
+  const auto bounds = bounds_of(op, offsets_in, a_in.size(0));
   const int64_t units = bounds.size() - 1;
-  Tensor out = torch::stable::new_empty(a_in, {2, units}, ScalarType::Double);
-  auto* to = static_cast<double*>(out.mutable_data_ptr());
-  const ScalarType type = common(a_in.scalar_type(), g_in.scalar_type());
-  const Tensor a = dense_rows(a_in, type), g = dense_rows(g_in, type);
-  by_dtype("linear_norm", type, [&](auto zero) {
+  Tensor out = torch::stable::new_empty(a_in, {static_cast<int64_t>(g_in.size()), 2, units}, ScalarType::Double);
+  const Tensor a = dense_rows(a_in, type);
+  for (Tensor& g : g_in) g = dense_rows(g, type);
+  by_dtype(op, type, [&](auto zero) {
     using T = decltype(zero);
-    parts(rows_of<T>(a), rows_of<T>(g), bounds, route, to, to + units);
+    std::vector<Rows<T>> g;
+    for (const Tensor& x : g_in) g.push_back(rows_of<T>(x));
+    Norms<T>(rows_of<T>(a), g, bounds).run(route, static_cast<double*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -262,7 +399,7 @@ Tensor row_norm_products(const Tensor& a, const Tensor& g, const Tensor& offsets
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
-  m.impl("linear_norm_parts", TORCH_BOX(&linear_norm_parts));
+  m.impl("linear_norms", TORCH_BOX(&linear_norms));
   m.impl("row_norm_products", TORCH_BOX(&row_norm_products));
 }
 

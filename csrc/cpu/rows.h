@@ -15,13 +15,6 @@
 
 #include "dispatch.h"
 
-extern "C" {
-void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
-            const int*, const float*, float*, const int*);
-void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
-            const double*, const int*, const double*, double*, const int*);
-}
-
 namespace fastclip {
 
 using torch::headeronly::ScalarType;
@@ -94,11 +87,12 @@ inline ScalarType common(ScalarType a, ScalarType b) {
 }
 
 // work(task, scratch) for each task in [0, count), on whichever thread is free. Each writes to a place of its own, so that
-// neither order nor number of threads shows anywhere.
+// neither order nor number of threads shows anywhere; and a task that were alone outside a parallel region would have its
+// products split among threads by the BLAS.
 template <class Scratch, class F>
 void over_tasks(int64_t count, const F& work) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(count, 2));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;  // kept: buffers of a few MB that come and go would fragment the heap
     for (int64_t t; begin < end && (t = next++) < count;) work(t, scratch);
