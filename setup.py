@@ -3,7 +3,7 @@
 import os
 from glob import glob
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 os.environ.setdefault("MAX_JOBS", "2")
 
@@ -11,7 +11,7 @@ os.environ.setdefault("MAX_JOBS", "2")
 def compiled() -> dict:
     """fastclip._C where torch and a compiler are at hand; the package works without it, in plain torch and numpy."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
     except ImportError:
         return {}
 
@@ -23,21 +23,25 @@ def compiled() -> dict:
                 self.extensions.clear()
                 print(f"fastclip: compiled kernels left out, the package runs without them: {error}")
 
-    extension = CppExtension(
+    flags = [
+        "-O3",
+        # The same bits on every instruction set, and sqrt as one instruction.
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",  # gcc about its own AVX-512 headers
+    ]
+    tensors = CppExtension(
         "fastclip._C",
         sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
         py_limited_api=True,
-        extra_compile_args=[
-            "-O3",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",
-            # The same bits on every instruction set, and sqrt as one instruction.
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-Wno-psabi",
-            "-Wno-maybe-uninitialized",  # gcc about its own AVX-512 headers
-        ],
+        extra_compile_args=[*flags, "-DTORCH_TARGET_VERSION=0x020b000000000000"],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+    # pybind11's headers come with torch; of torch itself nothing is used.
+    host = Extension(
+        "fastclip._host", sorted(glob("csrc/host/*.cpp")), include_dirs=include_paths(), extra_compile_args=flags
+    )
+    return {"ext_modules": [tensors, host], "cmdclass": {"build_ext": OptionalBuild}}
 
 
 # kernels/ is imported as fastclip.kernels: a top-level package of that name would shadow Hugging Face's own.
@@ -51,6 +55,5 @@ setup(
     ],
     package_dir={"fastclip": "fastclip", "fastclip.kernels": "kernels"},
     package_data={"fastclip": ["py.typed"]},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     **compiled(),
 )

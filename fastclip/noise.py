@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip import ops
-from fastclip.random import BLOCK_ELEMENTS, MAX_BLOCKS, Key, nonce
+from fastclip.random import MAX_ELEMENTS, Key, nonce
 
 # Counts the forks between this process and the one that imported this module.
 _forks = 0
@@ -56,8 +56,8 @@ class NoiseSource:
     What is not guaranteed: fp64 is still a grid. Where a result comes out below about 2^-29 of `grad_sum` and of `std`
     (about one element in 10^9), its last bits are finer than the noise's. Only a discrete Gaussian has a proof.
 
-    With a seed the noise is reproducible and **not private**: whoever knows or guesses the seed can subtract it. The
-    key is a hash of the seed, and a bit of the nonce keeps seeded streams apart from all unseeded ones. Two sources
+    With a seed the noise is reproducible and **not private**: whoever knows or guesses the seed can subtract it. It comes from
+    Philox, which is no cipher, under a hash of the seed. Two sources
     with the same seed draw the same noise, so each optimizer of a run needs its own. A copied or forked seeded source
     goes on with a key from the operating system: it repeats nothing, is no longer reproducible, and still counts as not
     private. `renew` derives the next key from the last, so that a resumed seeded run can be reproduced. The same words
@@ -232,9 +232,9 @@ def _check_draw(std: float, scale: float, offset: int, count: int) -> None:
         raise ValueError(f"std must be finite and at least 0, got {std}; it is noise_multiplier * max_grad_norm")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; it is 1 / expected_batch_size")
-    if not isinstance(offset, int) or offset < 0 or offset + count > MAX_BLOCKS * BLOCK_ELEMENTS:
+    if not isinstance(offset, int) or offset < 0 or offset + count > MAX_ELEMENTS:
         raise ValueError(
-            f"offset must be an integer in [0, 2^67 - numel], got {offset!r}; count the elements of all earlier tensors"
+            f"offset must be an integer in [0, 2^65 - numel], got {offset!r}; count the elements of all earlier tensors"
         )
 
 

@@ -74,9 +74,6 @@ def _register() -> None:
     for name, schema in _NOISE_SCHEMAS.items():
         torch.library.define(f"fastclip::{name}", schema)
         torch.library.register_fake(f"fastclip::{name}", nothing_fake)
-    # What the compiled kernels make of given words, int64 [n, 8] to fp64 [n, 8]: fastclip.random.normals.
-    torch.library.define("fastclip::box_muller", "(Tensor words) -> Tensor")
-    torch.library.register_fake("fastclip::box_muller", lambda words: words.new_empty(words.shape, dtype=torch.float64))
 
 
 def _load() -> str | None:

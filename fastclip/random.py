@@ -1,13 +1,16 @@
 """The noise stream: from a key to words to standard normals, the same in every implementation.
 
-Words. ChaCha20's block function (RFC 8439, section 2.3) with state words 4-11 = the 256-bit key, words 12-13 = a 64-bit
-block number and words 14-15 = a 64-bit nonce, low halves first. Below block 2^32 this is RFC 8439's own layout; above,
-the block number's high half stands in the first word of RFC 8439's nonce, so that its 32-bit counter never wraps.
+Words. A block's 64 bytes are 8 little-endian 64-bit words. Element i of the flat parameter vector belongs to block i // 8,
+and there to pair j = (i % 8) // 2, which owns the words w = word[2 j] (radius) and a = word[2 j + 1] (angle).
 
     nonce = step + 2^48 * purpose + 2^63 * seeded        step < 2^48, purpose < 2^15, seeded 0 or 1
 
-A block's 64 bytes are 8 little-endian 64-bit words. Element i of the flat parameter vector belongs to block i // 8, and
-there to pair j = (i % 8) // 2, which owns the words w = word[2 j] (radius) and a = word[2 j + 1] (angle).
+Not seeded: ChaCha20's block function (RFC 8439, section 2.3) with state words 4-11 = the 256-bit key, words 12-13 = a 64-bit
+block number and words 14-15 = the nonce, low halves first. Below block 2^32 this is RFC 8439's own layout; above, the block
+number's high half stands in the first word of RFC 8439's nonce, so that its 32-bit counter never wraps.
+
+Seeded, which is not private: Philox4x32-10 (Salmon et al., SC 2011) of the counter 4 block + j + 2^64 nonce gives pair j's two
+words, under the key's first 64 bits. Blocks then stay below 2^62.
 
 Normals. Box-Muller (Box and Muller, Ann. Math. Stat. 29, 1958) in fp64, with s = a read as two's complement:
 
@@ -31,6 +34,7 @@ from torch import Tensor
 BLOCK_ELEMENTS = 8
 MAX_STEP = 2**48 - 1
 MAX_BLOCKS = 2**64
+MAX_ELEMENTS = 2**65  # what both generators reach
 _BLOCK_BYTES = 64
 _COUNTER_RANGE = 2**32
 _MAX_RUN = 2**12
@@ -53,7 +57,7 @@ def nonce(step: int, purpose: int, seeded: bool) -> int:
 
 
 class Key:
-    """A 256-bit ChaCha20 key that gives out its keystream and nothing else.
+    """A 256-bit key that gives out its keystream and nothing else.
 
     Guarantees: the bytes are in no repr (tracebacks that print local variables show `Key(hidden)`), and a key can be
     neither copied nor pickled (TypeError), because two holders of a key would draw the same noise.
@@ -94,6 +98,9 @@ class Key:
         count = len(out)
         if block < 0 or block + count > MAX_BLOCKS:
             raise ValueError(f"block must be in [0, 2^64 - {count}], got {block}; lower the offset")
+        if nonce >> 63:
+            _philox_words(self._secret, nonce, block, out)
+            return
         # Some cipher libraries refuse to let their 32-bit counter wrap, others carry: no call goes across that.
         done = 0
         while done < count:
@@ -104,6 +111,31 @@ class Key:
             done += run
         if sys.byteorder == "big":
             out.byteswap(inplace=True)
+
+
+def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
+    """Philox4x32-10 of counters ``[4, n]``, low words first: ``[4, n]``; every number below 2^32."""
+    c0, c1, c2, c3 = counter
+    low = np.uint64(2**32 - 1)
+    for i in range(10):
+        k0, k1 = (np.uint64((k + i * bump) % 2**32) for k, bump in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = p1 >> np.uint64(32) ^ c1 ^ k0, p1 & low, p0 >> np.uint64(32) ^ c3 ^ k1, p0 & low
+    return np.stack([c0, c1, c2, c3])
+
+
+def _philox_words(secret: bytes, nonce: int, block: int, out: NDArray[np.int64]) -> None:
+    """Fills `out` ``[count, 8]`` with a seeded stream's words of blocks `block` and on."""
+    if block + len(out) > MAX_ELEMENTS // BLOCK_ELEMENTS:
+        raise ValueError(f"block must be in [0, 2^62 - {len(out)}], got {block}; lower the offset")
+    pairs = np.uint64(4 * block) + np.arange(4 * len(out), dtype=np.uint64)
+    low, half = np.uint64(2**32 - 1), np.uint64(32)
+    high_words = [np.full_like(pairs, nonce % 2**32), np.full_like(pairs, nonce >> 32)]
+    key = int.from_bytes(secret[:4], "little"), int.from_bytes(secret[4:8], "little")
+    w = philox4x32(np.stack([pairs & low, pairs >> half, *high_words]), key)
+    words = out.view(np.uint64).reshape(-1, 2)
+    words[:, 0] = w[0] | w[1] << half
+    words[:, 1] = w[2] | w[3] << half
 
 
 def normals(words: NDArray[np.int64], out: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:

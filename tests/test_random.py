@@ -6,14 +6,13 @@ from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from fastclip import ops
-from fastclip.random import Key, nonce, normals
+from fastclip.random import Key, nonce, normals, philox4x32
 
 KEY = Key.from_seed(20260101)
-PLAIN = nonce(0, 0, seeded=True)
+PLAIN = nonce(0, 0, seeded=False)
+SEEDED = nonce(0, 0, seeded=True)
 EXTREME = [0, 1, 2, 3, 2**53 - 1, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 2**53, 2**64 - 2, 2**64 - 1]
 
 
@@ -50,15 +49,24 @@ def in_numpy(words: np.ndarray) -> np.ndarray:
     return z.reshape(-1)
 
 
-def compiled(words: np.ndarray) -> np.ndarray:
-    return torch.ops.fastclip.box_muller(torch.from_numpy(words)).numpy().reshape(-1)
+def in_vectors(words: np.ndarray) -> np.ndarray:
+    return host().normals(words).reshape(-1)
 
 
-@pytest.fixture(params=[in_numpy, compiled], autouse=True)
+def block_by_block(words: np.ndarray) -> np.ndarray:
+    """As a GPU's threads do it."""
+    return host().normals(words, vectors=False).reshape(-1)
+
+
+def host():
+    return pytest.importorskip("fastclip._host", reason="no compiler at install")
+
+
+@pytest.fixture(params=[in_numpy, in_vectors, block_by_block], autouse=True)
 def to_normals(request, monkeypatch):
-    """The transform under test: numpy's, and the compiled one where it was built."""
-    if request.param is compiled and ops.backends()["cpp"]["state"] == "absent":
-        pytest.skip("no compiled kernels on this machine")
+    """The transform under test: numpy's, and the compiled ones where they were built."""
+    if request.param is not in_numpy:
+        host()
     monkeypatch.setitem(globals(), "to_normals", request.param)
 
 
@@ -99,10 +107,51 @@ def test_words_are_chacha20_with_a_64_bit_block_number(block):
     assert draw_words(6, Key(secret), tail, block).astype("<i8").tobytes() == expected
 
 
-def test_a_long_run_is_its_pieces():
-    whole = draw_words(10_000, block=2**32 - 5000)
-    pieces = [draw_words(2500, block=2**32 - 5000 + start) for start in range(0, 10_000, 2500)]
+@pytest.mark.parametrize("mode", [PLAIN, SEEDED])
+def test_a_long_run_is_its_pieces(mode):
+    whole = draw_words(10_000, nonce=mode, block=2**32 - 5000)
+    pieces = [draw_words(2500, nonce=mode, block=2**32 - 5000 + start) for start in range(0, 10_000, 2500)]
     np.testing.assert_array_equal(whole, np.concatenate(pieces))
+
+
+# The authors' own known answers for Philox4x32-10 (Random123, kat_vectors): counter, key, output.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, output", KNOWN)
+def test_philox_gives_its_authors_answers(counter, key, output):
+    assert tuple(philox4x32(np.array(counter, dtype=np.uint64)[:, None], key)[:, 0]) == output
+    assert host().philox4x32(list(counter), *key) == output
+
+
+def test_a_seeded_block_is_four_philox_outputs():
+    tail, block = nonce(3, 1, seeded=True), 2**32 + 2**31 + 77
+    words = draw_words(1, Key(bytes(range(32))), tail, block).view(np.uint64).reshape(4, 2)
+    key = 0x03020100, 0x07060504
+    for j, pair in enumerate(words.tolist()):
+        counter = (4 * block + j) | tail << 64
+        parts = np.array([counter >> shift & 2**32 - 1 for shift in (0, 32, 64, 96)], dtype=np.uint64)
+        w = [int(x) for x in philox4x32(parts[:, None], key)[:, 0]]
+        assert pair == [w[0] | w[1] << 32, w[2] | w[3] << 32]
+
+
+@pytest.mark.parametrize("mode", [PLAIN, SEEDED, nonce(2**48 - 1, 2**15 - 1, seeded=True)])
+@pytest.mark.parametrize("block", [0, 2**30 - 3, 2**32 - 3, 2**62 - 8])
+def test_compiled_words_are_the_same(mode, block):
+    np.testing.assert_array_equal(host().words(KEY._secret, mode, block, 8), draw_words(8, KEY, mode, block))
+
+
+def test_every_transform_in_c_has_the_same_bits():
+    words = draw_words(1000)
+    np.testing.assert_array_equal(host().normals(words), host().normals(words, vectors=False))
 
 
 def test_nonce_fields_are_where_the_stream_says():
@@ -111,7 +160,7 @@ def test_nonce_fields_are_where_the_stream_says():
 
 def test_the_stream_of_a_seed_stays_what_it_is():
     first = draw_words(1, Key.from_seed(7), nonce(0, 0, seeded=True)).view(np.uint64).reshape(-1)
-    assert [f"{word:016x}" for word in first[:3]] == ["22e608045c18e96b", "07ae1c6f49407c9e", "8590e32f4cf6cbf5"]
+    assert [f"{word:016x}" for word in first[:3]] == ["174c6294f0659470", "60d90654424b73cf", "909ab48f0530d5d4"]
     assert not np.array_equal(draw_words(1, Key.from_seed(-7)), draw_words(1, Key.from_seed(7)))
 
 
@@ -171,17 +220,20 @@ def check_distribution(z: np.ndarray) -> None:
         assert stats.binomtest(int((np.abs(z) > bound).sum()), z.size, 2 * stats.norm.sf(bound)).pvalue > 1e-5
 
 
-def test_distribution():
-    check_distribution(draw(1_000_000))
+@pytest.mark.parametrize("mode", [PLAIN, SEEDED])
+def test_distribution(mode):
+    check_distribution(draw(1_000_000, nonce=mode))
 
 
 @pytest.mark.slow
-def test_distribution_of_ten_million():
-    check_distribution(draw(10_000_000))
+@pytest.mark.parametrize("mode", [PLAIN, SEEDED])
+def test_distribution_of_ten_million(mode):
+    check_distribution(draw(10_000_000, nonce=mode))
 
 
-def test_no_correlation_over_offsets():
-    z = draw(1_000_000)
+@pytest.mark.parametrize("mode", [PLAIN, SEEDED])
+def test_no_correlation_over_offsets(mode):
+    z = draw(1_000_000, nonce=mode)
     for lag in [*range(1, 17), 64, 512, 2**14]:
         for moment in (z, z**2 - 1):
             correlation = np.corrcoef(moment[:-lag], moment[lag:])[0, 1]
@@ -189,8 +241,9 @@ def test_no_correlation_over_offsets():
 
 
 def test_no_correlation_between_steps_purposes_keys_and_modes():
-    streams = [draw(200_000, KEY, nonce(step, 0, seeded=True)) for step in (0, 1, 2, 2**32, 2**48 - 1)]
-    streams += [draw(200_000, KEY, nonce(0, 1, seeded=True)), draw(200_000, KEY, nonce(0, 0, seeded=False))]
+    modes = itertools.product((0, 1, 2, 2**32, 2**48 - 1), (True, False))
+    streams = [draw(200_000, KEY, nonce(step, 0, seeded=seeded)) for step, seeded in modes]
+    streams += [draw(200_000, KEY, nonce(0, 1, seeded=seeded)) for seeded in (True, False)]
     streams += [draw(200_000, Key.from_seed(seed)) for seed in (0, 1, 2**64)] + [draw(200_000, KEY.derive(0))]
     for moment in (lambda z: z, lambda z: z**2):
         off_diagonal = np.corrcoef([moment(z) for z in streams]) - np.eye(len(streams))
@@ -219,6 +272,14 @@ def test_bad_input():
         nonce(2**48, 0, seeded=False)
     with pytest.raises(ValueError, match="purpose"):
         nonce(0, 2**15, seeded=False)
-    for block in (-1, 2**64 - 1):
+    for mode, block in [(PLAIN, -1), (PLAIN, 2**64 - 1), (SEEDED, -1), (SEEDED, 2**62 - 1)]:
         with pytest.raises(ValueError, match="block must be in"):
-            draw_words(2, block=block)
+            draw_words(2, nonce=mode, block=block)
+
+
+def test_bad_input_to_the_compiled_ones():
+    with pytest.raises(ValueError, match="key must be 32 bytes, got 3"):
+        host().words(b"abc", 0, 0, 1)
+    with pytest.raises(ValueError, match=r"words must be int64 of shape \[n, 8\]"):
+        host().normals(np.zeros((4, 4), dtype=np.int64))
+    assert host().cpu_capability() in ("avx512", "avx2", "default")

@@ -23,30 +23,13 @@ FASTCLIP_INLINE void body(const Noise& noise, const In* sum, Out* out, int64_t n
 }
 
 template <class In, class Out>
-FASTCLIP_AVX512 void run_avx512(const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t i, int64_t j) {
-  body(noise, sum, out, n, skip, i, j);
-}
-
-template <class In, class Out>
-FASTCLIP_AVX2 void run_avx2(const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t i, int64_t j) {
-  body(noise, sum, out, n, skip, i, j);
-}
-
-template <class In, class Out>
-void run_default(const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t i, int64_t j) {
-  body(noise, sum, out, n, skip, i, j);
-}
-
-template <class In, class Out>
 void launch(const Noise& noise, const Tensor& sum, Tensor& out, int64_t skip) {
-  static const Capability chosen = capability();
-  const auto run = chosen == Capability::kAvx512 ? run_avx512<In, Out>
-                   : chosen == Capability::kAvx2 ? run_avx2<In, Out>
-                                                 : run_default<In, Out>;
   const int64_t n = sum.numel();
   const auto* from = static_cast<const In*>(sum.const_data_ptr());
   auto* to = static_cast<Out*>(out.mutable_data_ptr());
-  over_tiles(n, skip, [&](int64_t first, int64_t last) { run(noise, from, to, n, skip, first, last); });
+  over_tiles(n, skip, [&](int64_t first, int64_t last) {
+    best([&]() FASTCLIP_LAMBDA { body(noise, from, to, n, skip, first, last); });
+  });
 }
 
 template <class In>

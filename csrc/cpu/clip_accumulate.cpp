@@ -37,21 +37,6 @@ FASTCLIP_INLINE void body(const Noise* noise, const Rows<T>& grads, const std::v
   }
 }
 
-template <class T, class Out>
-FASTCLIP_AVX512 void run_avx512(const Noise* z, const Rows<T>& x, const std::vector<double>& f, Out* out, int64_t skip, int64_t i,
-                                int64_t j) {
-  body(z, x, f, out, skip, i, j);
-}
-template <class T, class Out>
-FASTCLIP_AVX2 void run_avx2(const Noise* z, const Rows<T>& x, const std::vector<double>& f, Out* out, int64_t skip, int64_t i,
-                            int64_t j) {
-  body(z, x, f, out, skip, i, j);
-}
-template <class T, class Out>
-void run_default(const Noise* z, const Rows<T>& x, const std::vector<double>& f, Out* out, int64_t skip, int64_t i, int64_t j) {
-  body(z, x, f, out, skip, i, j);
-}
-
 template <class Out>
 void launch(const char* op, const Noise* noise, const Tensor& grads_in, const std::vector<double>& factors, const Tensor& out,
             int64_t skip) {
@@ -59,12 +44,10 @@ void launch(const char* op, const Noise* noise, const Tensor& grads_in, const st
   by_dtype(op, grads_in.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> grads{static_cast<const T*>(dense.const_data_ptr()), out.numel(), out.numel()};
-    const Capability chosen = capability();
-    const auto run = chosen == Capability::kAvx512 ? run_avx512<T, Out>
-                     : chosen == Capability::kAvx2 ? run_avx2<T, Out>
-                                                   : run_default<T, Out>;
     Out* to = static_cast<Out*>(out.mutable_data_ptr());
-    over_tiles(out.numel(), skip, [&](int64_t first, int64_t last) { run(noise, grads, factors, to, skip, first, last); });
+    over_tiles(out.numel(), skip, [&](int64_t first, int64_t last) {
+      best([&]() FASTCLIP_LAMBDA { body(noise, grads, factors, to, skip, first, last); });
+    });
   });
 }
 

@@ -69,27 +69,10 @@ FASTCLIP_INLINE void body(const Noise& noise, const Update& by, float* param, fl
 }
 
 template <class Update>
-FASTCLIP_AVX512 void run_avx512(const Noise& noise, const Update& by, float* p, float* g, int64_t n, int64_t skip, int64_t i,
-                                int64_t j) {
-  body(noise, by, p, g, n, skip, i, j);
-}
-template <class Update>
-FASTCLIP_AVX2 void run_avx2(const Noise& noise, const Update& by, float* p, float* g, int64_t n, int64_t skip, int64_t i,
-                            int64_t j) {
-  body(noise, by, p, g, n, skip, i, j);
-}
-template <class Update>
-void run_default(const Noise& noise, const Update& by, float* p, float* g, int64_t n, int64_t skip, int64_t i, int64_t j) {
-  body(noise, by, p, g, n, skip, i, j);
-}
-
-template <class Update>
 void launch(const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip) {
-  static const Capability chosen = capability();
-  const auto run = chosen == Capability::kAvx512 ? run_avx512<Update>
-                   : chosen == Capability::kAvx2 ? run_avx2<Update>
-                                                 : run_default<Update>;
-  over_tiles(n, skip, [&](int64_t first, int64_t last) { run(noise, by, param, grad, n, skip, first, last); });
+  over_tiles(n, skip, [&](int64_t first, int64_t last) {
+    best([&]() FASTCLIP_LAMBDA { body(noise, by, param, grad, n, skip, first, last); });
+  });
 }
 
 // Their memory, once it is clear that nothing else is meant and nothing overlaps.

@@ -1,46 +1,45 @@
-// ChaCha20's block function (RFC 8439, section 2.3), 16 blocks at once, lane l holding block number `first + l`.
+// ChaCha20's block function (RFC 8439, section 2.3): a block of 16 words for each lane of W.
 //
 // State words 4-11 are the key, 12-13 a 64-bit block number and 14-15 a 64-bit nonce, low halves first: below block 2^32
 // RFC 8439's own layout. fastclip/random.py defines the stream.
 #pragma once
 
-#include "vectors.h"
+#include "lanes.h"
 
 namespace fastclip {
 
-struct Stream {
-  uint32_t key[8];
-  uint64_t nonce;
-};
+template <class W>
+FASTCLIP_INLINE W rotate(W x, int bits) {
+  return (x << bits) | (x >> (32 - bits));
+}
 
-FASTCLIP_INLINE u32x16 rotate(u32x16 x, int bits) { return (x << bits) | (x >> (32 - bits)); }
-
-FASTCLIP_INLINE void quarter_round(u32x16& a, u32x16& b, u32x16& c, u32x16& d) {
+template <class W>
+FASTCLIP_INLINE void quarter_round(W& a, W& b, W& c, W& d) {
   a += b, d = rotate(d ^ a, 16);
   c += d, b = rotate(b ^ c, 12);
   a += b, d = rotate(d ^ a, 8);
   c += d, b = rotate(b ^ c, 7);
 }
 
-FASTCLIP_INLINE void chacha20(const Stream& stream, uint64_t first, u32x16 (&out)[16]) {
+// low, high: the block number's halves.
+template <class W>
+FASTCLIP_INLINE void chacha20(const uint32_t (&key)[8], uint64_t nonce, W low, W high, W (&out)[16]) {
   const uint32_t constants[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
-  u32x16 start[16] = {};
-  for (int i = 0; i < 4; ++i) start[i] = u32x16{} + constants[i];
-  for (int i = 0; i < 8; ++i) start[4 + i] = u32x16{} + stream.key[i];
-  for (int lane = 0; lane < 16; ++lane) {
-    start[12][lane] = static_cast<uint32_t>(first + lane);
-    start[13][lane] = static_cast<uint32_t>((first + lane) >> 32);
-  }
-  start[14] = u32x16{} + static_cast<uint32_t>(stream.nonce);
-  start[15] = u32x16{} + static_cast<uint32_t>(stream.nonce >> 32);
+  W start[16];
+  for (int i = 0; i < 4; ++i) start[i] = W{} + constants[i];
+  for (int i = 0; i < 8; ++i) start[4 + i] = W{} + key[i];
+  start[12] = low;
+  start[13] = high;
+  start[14] = W{} + static_cast<uint32_t>(nonce);
+  start[15] = W{} + static_cast<uint32_t>(nonce >> 32);
 
-  for (int i = 0; i < 16; ++i) out[i] = start[i];
+  W x[16];
+  for (int i = 0; i < 16; ++i) x[i] = start[i];
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < 4; ++i) quarter_round(out[i], out[4 + i], out[8 + i], out[12 + i]);
-    for (int i = 0; i < 4; ++i)
-      quarter_round(out[i], out[4 + (i + 1) % 4], out[8 + (i + 2) % 4], out[12 + (i + 3) % 4]);
+    for (int i = 0; i < 4; ++i) quarter_round(x[i], x[4 + i], x[8 + i], x[12 + i]);
+    for (int i = 0; i < 4; ++i) quarter_round(x[i], x[4 + (i + 1) % 4], x[8 + (i + 2) % 4], x[12 + (i + 3) % 4]);
   }
-  for (int i = 0; i < 16; ++i) out[i] += start[i];
+  for (int i = 0; i < 16; ++i) out[i] = x[i] + start[i];
 }
 
 }  // namespace fastclip
