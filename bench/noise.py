@@ -44,9 +44,9 @@ def main() -> None:
         "Tensor.normal_": lambda: out.normal_(),
         "add_noise": lambda: ops.add_noise(grad, out, draw),
         "torch AdamW, fused": fused.step,
-        "noise_adamw": lambda: ops.noise_adamw(param, grad, exp_avg, exp_avg_sq, draw, step=1, **adam),
+        "noise_adamw": lambda: ops.noise_adamw([param], [grad], [exp_avg], [exp_avg_sq], [draw], steps=[1], **adam),
         "torch SGD, fused": sgd.step,
-        "noise_sgd": lambda: ops.noise_sgd(param, grad, None, draw, lr=1e-4),
+        "noise_sgd": lambda: ops.noise_sgd([param], [grad], [], [draw], lr=1e-4),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(chosen.rounds + 1):

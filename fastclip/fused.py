@@ -16,8 +16,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastclip import ops
 
-# update(group, parameter, its sum, its draw): the sum becomes the noisy gradient, and the parameter is updated with it.
-Update = Callable[[dict[str, Any], Tensor, Tensor, ops.Draw], None]
+# update(group, parameters, their sums, their draws): sums become noisy gradients, and parameters are updated with them.
+Update = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[ops.Draw]], None]
 
 
 def update_of(optimizer: Optimizer) -> Update | None:
@@ -55,48 +55,49 @@ def _state(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:
 
 
 def _adamw(optimizer: Optimizer) -> Update:
-    def update(group: dict[str, Any], p: Tensor, total: Tensor, draw: ops.Draw) -> None:
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += 1
+    def update(group: dict[str, Any], params: list[Tensor], sums: list[Tensor], draws: list[ops.Draw]) -> None:
+        states = [optimizer.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
         ops.noise_adamw(
-            p.detach(),
-            total,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            draw,
+            [p.detach() for p in params],
+            sums,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            draws,
             lr=float(group["lr"]),
             betas=(float(group["betas"][0]), float(group["betas"][1])),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=int(state["step"]),
+            steps=[int(state["step"]) for state in states],
         )
 
     return update
 
 
 def _sgd(optimizer: Optimizer) -> Update:
-    def update(group: dict[str, Any], p: Tensor, total: Tensor, draw: ops.Draw) -> None:
-        buffer, first = None, False
-        if group["momentum"] != 0:
-            state = optimizer.state[p]
-            first = state.get("momentum_buffer") is None
-            if first:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"]
-        ops.noise_sgd(
-            p.detach(),
-            total,
-            buffer,
-            draw,
-            lr=float(group["lr"]),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            first=first,
-        )
+    def update(group: dict[str, Any], params: list[Tensor], sums: list[Tensor], draws: list[ops.Draw]) -> None:
+        # A parameter that joins later has no momentum yet.
+        fresh = [p for p in params if group["momentum"] != 0 and optimizer.state[p].get("momentum_buffer") is None]
+        for p in fresh:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        new = set(fresh)
+        for first in (True, False):
+            chosen = [i for i, p in enumerate(params) if (p in new) == first]
+            ops.noise_sgd(
+                [params[i].detach() for i in chosen],
+                [sums[i] for i in chosen],
+                [optimizer.state[params[i]]["momentum_buffer"] for i in chosen] if group["momentum"] != 0 else [],
+                [draws[i] for i in chosen],
+                lr=float(group["lr"]),
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                first=first,
+            )
 
     return update

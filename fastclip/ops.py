@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -32,14 +32,15 @@ _SCHEMAS = {
     " -> ()",
     "clipped_sum": "(Tensor grads, Tensor factors, Tensor(a!) out) -> ()",
 }
-_DRAW = "float std, float scale, Tensor key, int nonce, int block, int skip"
+_STREAM = "float std, float scale, Tensor key, int nonce"
 _NOISE_SCHEMAS = {
-    "add_noise": f"(Tensor grad_sum, Tensor(a!) out, {_DRAW}) -> ()",
-    "clip_accumulate_noise": f"(Tensor grad_samples, Tensor factors, Tensor(a!) out, {_DRAW}) -> ()",
-    "noise_adamw": f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, {_DRAW}, float lr, "
-    "float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
-    "noise_sgd": f"(Tensor(a!) param, Tensor(b!) grad, Tensor(c!)? momentum_buffer, {_DRAW}, float lr, float momentum, "
-    "float dampening, float weight_decay, bool nesterov, bool first) -> ()",
+    "add_noise": f"(Tensor grad_sum, Tensor(a!) out, {_STREAM}, int block, int skip) -> ()",
+    "clip_accumulate_noise": f"(Tensor[] grad_samples, Tensor factors, Tensor(a!)[] outs, {_STREAM}, int[] blocks, "
+    "int[] skips) -> ()",
+    "noise_adamw": f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, {_STREAM}, "
+    "int[] blocks, int[] skips, float lr, float beta1, float beta2, float eps, float weight_decay, int[] steps) -> ()",
+    "noise_sgd": f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, {_STREAM}, int[] blocks, "
+    "int[] skips, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool first) -> ()",
 }
 
 
@@ -290,10 +291,24 @@ class Draw:
     nonce: int
     offset: int
 
-    def words(self) -> tuple[float, float, Tensor, int, int, int]:
+    def stream(self) -> tuple[float, float, Tensor, int]:
         """As the schemas want it."""
+        return self.std, self.scale, self.key.tensor(), _signed(self.nonce)
+
+    def place(self) -> tuple[int, int]:
+        """The block, as the schemas want it, and the elements of it that come before."""
         block, skip = divmod(self.offset, random.BLOCK_ELEMENTS)
-        return self.std, self.scale, self.key.tensor(), _signed(self.nonce), _signed(block), skip
+        return _signed(block), skip
+
+
+def _places(draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
+    """Blocks and skips of draws that differ in their offset alone."""
+    if any((d.std, d.scale, d.nonce) != (draws[0].std, draws[0].scale, draws[0].nonce) for d in draws):
+        raise ValueError("draws must differ in nothing but their offset: one release has one std, scale and step")
+    if any(d.key is not draws[0].key for d in draws):
+        raise ValueError("draws must differ in nothing but their offset, but their keys differ")
+    places = [d.place() for d in draws]
+    return [block for block, _ in places], [skip for _, skip in places]
 
 
 def add_noise(grad_sum: Tensor, out: Tensor, draw: Draw, *, backend: Backend | None = None) -> Tensor:
@@ -303,76 +318,91 @@ def add_noise(grad_sum: Tensor, out: Tensor, draw: Draw, *, backend: Backend | N
     cannot run.
     """
     if _compiled(backend):
-        _ops.add_noise(grad_sum, out, *draw.words())
+        _ops.add_noise(grad_sum, out, *draw.stream(), *draw.place())
     else:
         random.add_noise(grad_sum, out, draw.std, draw.scale, draw.key, draw.nonce, draw.offset)
     return out
 
 
 def clip_accumulate_noise(
-    grad_samples: Tensor,
+    grad_samples: Tensor | Sequence[Tensor],
     factors: Tensor,
-    out: Tensor,
+    out: Tensor | Sequence[Tensor],
     std: float,
     key: random.Key,
     counter: tuple[int, int],
     *,
     backend: Backend | None = None,
-) -> Tensor:
+) -> Tensor | Sequence[Tensor]:
     """``out = round(sum_u factors[u] grad_samples[u] + std * z)``, returned; formed in fp64 and rounded once.
 
-    grad_samples: ``[U, ...]``, factors: ``[U]``, out: fp32, bf16 or fp16 ``[...]``, contiguous, on CPU. counter: (nonce of
-    the step, :func:`fastclip.random.nonce`; element of its stream that out starts at): whoever calls this answers for never
-    using one twice under a key. Units of factor 0 are left out, inf and NaN with them. Raises ValueError if shapes differ,
-    RuntimeError if ``backend`` cannot run.
+    grad_samples: ``[U, ...]``, factors: ``[U]``, out: fp32, bf16 or fp16 ``[...]``, contiguous, on CPU; or lists of both, one
+    after another in the stream. counter: (nonce of the step, :func:`fastclip.random.nonce`; element of its stream that out
+    starts at): whoever calls this answers for never using one twice under a key. Units of factor 0 are left out, inf and NaN
+    with them. Raises ValueError if shapes differ, RuntimeError if ``backend`` cannot run.
     """
-    if grad_samples.shape[1:] != out.shape or factors.shape != grad_samples.shape[:1]:
-        raise ValueError(
-            f"grad_samples must be [U, *out.shape] and factors [U], got {list(grad_samples.shape)}, {list(factors.shape)} and "
-            f"out {list(out.shape)}"
-        )
-    draw = Draw(std, 1.0, key, *counter)
+    samples = [grad_samples] if isinstance(grad_samples, Tensor) else list(grad_samples)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    if len(samples) != len(outs):
+        raise ValueError(f"grad_samples and out must be as many, got {len(samples)} and {len(outs)}")
+    for x, to in zip(samples, outs, strict=True):
+        if x.shape[1:] != to.shape or factors.shape != x.shape[:1]:
+            raise ValueError(
+                f"grad_samples must be [U, *out.shape] and factors [U], got {list(x.shape)}, {list(factors.shape)} and "
+                f"out {list(to.shape)}"
+            )
+    nonce, start = counter
+    starts = accumulate((x.numel() for x in outs), initial=start)
+    draws = [Draw(std, 1.0, key, nonce, first) for first, _ in zip(starts, outs, strict=False)]
+    if not outs:
+        return out
     if _compiled(backend):
-        _ops.clip_accumulate_noise(grad_samples, factors, out, *draw.words())
+        _ops.clip_accumulate_noise(samples, factors, outs, *draws[0].stream(), *_places(draws))
     else:
-        total = reference.clipped_sum(grad_samples, factors, out.new_zeros(out.shape, dtype=torch.float64))
-        add_noise(total.view(-1), out.view(-1), draw, backend=backend)
+        for x, to, draw in zip(samples, outs, draws, strict=True):
+            total = reference.clipped_sum(x, factors, to.new_zeros(to.shape, dtype=torch.float64))
+            add_noise(total.view(-1), to.view(-1), draw, backend=backend)
     return out
 
 
 def noise_adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    draw: Draw,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    draws: Sequence[Draw],
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    step: int,
+    steps: Sequence[int],
     backend: Backend | None = None,
 ) -> None:
-    """:func:`add_noise` on ``grad`` in place, and torch's AdamW with the result, in one pass: :func:`reference.adamw_`.
+    """:func:`add_noise` on each of ``grads`` in place, and torch's AdamW with the result: :func:`reference.adamw_`.
 
-    All contiguous fp32 ``[n]`` on CPU, without common memory. step: counts from 1. Raises RuntimeError if they are not so or
-    ``backend`` cannot run.
+    One pass over memory. All contiguous fp32 on CPU, each parameter's ``[n]`` of one size, without common memory. draws: one a
+    parameter, of one release. steps: count from 1. Raises ValueError if the lists do not fit, RuntimeError if tensors are not
+    so or ``backend`` cannot run.
     """
+    _check_lists(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, draws=draws, steps=steps)
+    if not params:
+        return
     if _compiled(backend):
-        _ops.noise_adamw(param, grad, exp_avg, exp_avg_sq, *draw.words(), lr, *betas, eps, weight_decay, step)
-    else:
-        add_noise(grad, grad, draw, backend=backend)
-        reference.adamw_(
-            param, grad, exp_avg, exp_avg_sq, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step
-        )
+        tensors = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)]
+        _ops.noise_adamw(*tensors, *draws[0].stream(), *_places(draws), lr, *betas, eps, weight_decay, list(steps))
+        return
+    _places(draws)
+    for p, g, m, v, draw, step in zip(params, grads, exp_avgs, exp_avg_sqs, draws, steps, strict=True):
+        add_noise(g, g, draw, backend=backend)
+        reference.adamw_(p, g, m, v, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
 
 
 def noise_sgd(
-    param: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    draw: Draw,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    draws: Sequence[Draw],
     *,
     lr: float,
     momentum: float = 0.0,
@@ -382,19 +412,26 @@ def noise_sgd(
     first: bool = False,
     backend: Backend | None = None,
 ) -> None:
-    """The same with torch's SGD: :func:`reference.sgd_`. momentum_buffer: if and only if there is momentum.
+    """The same with torch's SGD: :func:`reference.sgd_`. momentum_buffers: one a parameter if there is momentum, else empty.
 
-    first: the buffer holds nothing yet.
+    first: the buffers hold nothing yet.
     """
+    _check_lists(params=params, grads=grads, draws=draws)
+    if not params:
+        return
+    rest = (lr, momentum, dampening, weight_decay, nesterov, first)
     if _compiled(backend):
-        rest = (lr, momentum, dampening, weight_decay, nesterov, first)
-        _ops.noise_sgd(param, grad, momentum_buffer, *draw.words(), *rest)
-    else:
-        add_noise(grad, grad, draw, backend=backend)
+        tensors = [list(x) for x in (params, grads, momentum_buffers)]
+        _ops.noise_sgd(*tensors, *draws[0].stream(), *_places(draws), *rest)
+        return
+    _places(draws)
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    for p, g, buffer, draw in zip(params, grads, buffers, draws, strict=True):
+        add_noise(g, g, draw, backend=backend)
         reference.sgd_(
-            param,
-            grad,
-            momentum_buffer,
+            p,
+            g,
+            buffer,
             lr=lr,
             momentum=momentum,
             dampening=dampening,
@@ -402,6 +439,12 @@ def noise_sgd(
             nesterov=nesterov,
             first=first,
         )
+
+
+def _check_lists(**lists: Sequence[Any]) -> None:
+    sizes = {name: len(x) for name, x in lists.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{', '.join(sizes)} must be as many, got {sizes}")
 
 
 def _compiled(backend: Backend | None) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastclip import fused
+from fastclip import fused, ops
 from fastclip.clipping import ClippingRule
 from fastclip.module import Clipper, attach, clipper_of
 from fastclip.noise import NoiseSource
@@ -238,14 +238,14 @@ class DPOptimizer(Optimizer):
         scale = 1 / self.expected_batch_size if self.clipper.loss_reduction == "mean" else 1.0
         noisy: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
+            together: list[tuple[nn.Parameter, Tensor, ops.Draw]] = []
             for p in group["params"]:
                 if p.requires_grad:
                     total = sums.pending(p)
                     if total is None:
                         total = torch.zeros_like(p, dtype=torch.float32 if p.itemsize < 4 else p.dtype)
                     if update is not None and p.numel():
-                        update(group, p, total, self.noise.spend(offset, p.numel(), std, scale))
-                        torch.autograd.graph.increment_version(p)  # as every in-place operation does
+                        together.append((p, total, self.noise.spend(offset, p.numel(), std, scale)))
                         noisy.append((p, total))
                     else:
                         # An fp64 sum is rounded to fp32 too: only rounding hides the grid that fp64 noise lies on.
@@ -255,6 +255,10 @@ class DPOptimizer(Optimizer):
                 else:
                     p.grad = None
                 offset += p.numel()
+            if update is not None and together:
+                params, totals, draws = (list(column) for column in zip(*together, strict=True))
+                update(group, params, totals, draws)
+                torch.autograd.graph.increment_version(params)  # as every in-place operation does
         for p, total in noisy:
             sums.write(p, total, released=True)
 

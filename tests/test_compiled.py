@@ -30,8 +30,9 @@ state = [torch.arange(10_003) % (97 + i) * 0.01 - 0.3 for i in range(4)]
 for nonce in (5, 2**63 + 5):
     draw = ops.Draw(3.0, 1.0, random.Key(bytes(range(32))), nonce, 2**35 - 50_000)
     ops.add_noise(values, values, draw, backend="cpp")
-    ops.noise_adamw(*state[:3], state[3].abs(), draw, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=3)
-    ops.noise_sgd(*state[:3], draw, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
+    lists = [[x] for x in (*state[:3], state[3].abs(), draw)]
+    ops.noise_adamw(*lists, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, steps=[3])
+    ops.noise_sgd(*lists[:3], [draw], lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)
 normals = torch.from_numpy(_host.normals(words.numpy()))
 print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in (values, normals, *state))).hexdigest())
 """

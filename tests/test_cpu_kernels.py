@@ -107,6 +107,18 @@ def test_sums_of_whole_gradients(dtype, shape, units):
             for backend in ("cpp", "torch")
         ]
         torch.testing.assert_close(*noisy, rtol=1e-6, atol=1e-6)
+        lists = ops.clip_accumulate_noise(
+            [grads.double(), grads.double()],
+            factors,
+            [torch.empty(shape), torch.empty(shape)],
+            2.0,
+            key,
+            counter,
+            backend="cpp",
+        )
+        second = counter[0], counter[1] + noisy[0].numel()
+        alone = ops.clip_accumulate_noise(grads.double(), factors, torch.empty(shape), 2.0, key, second, backend="cpp")
+        assert torch.equal(lists[0], noisy[0]) and torch.equal(lists[1], alone)
         if not units:
             assert torch.equal(*noisy)
 
@@ -250,7 +262,8 @@ def test_opcheck():
     offsets = torch.tensor([0, 2, 2, 5])
     a, g, ids, factors = torch.randn(5, 4), torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 2]), torch.rand(3)
     raw, tests = torch.ops.fastclip, ("test_schema", "test_faketensor")
-    draw = (1.0, 1.0, Key(bytes(32)).tensor(), 0, 0, 0)
+    stream = (1.0, 1.0, Key(bytes(32)).tensor(), 0)
+    draw, draws = (*stream, 0, 0), (*stream, [0], [0])
     calls = {
         raw.linear_norms: (a, [g, g], offsets),
         raw.row_norm_products: (a, g, offsets),
@@ -261,10 +274,10 @@ def test_opcheck():
         raw.clipped_gemm: (a, g, offsets, factors, torch.zeros(3, 4)),
         raw.clipped_embedding: (ids, g, offsets, factors, torch.zeros(3, 3)),
         raw.clipped_sum: (torch.randn(3, 7), factors, torch.zeros(7)),
-        raw.clip_accumulate_noise: (torch.randn(3, 7), factors, torch.zeros(7), *draw),
+        raw.clip_accumulate_noise: ([torch.randn(3, 7)], factors, [torch.zeros(7)], *draws),
         raw.add_noise: (torch.randn(7), torch.zeros(7), *draw),
-        raw.noise_adamw: (*(torch.rand(7) for _ in range(4)), *draw, 0.1, 0.9, 0.9, 1e-8, 0.0, 1),
-        raw.noise_sgd: (*(torch.rand(7) for _ in range(3)), *draw, 0.1, 0.9, 0.0, 0.0, False, False),
+        raw.noise_adamw: (*([torch.rand(7)] for _ in range(4)), *draws, 0.1, 0.9, 0.9, 1e-8, 0.0, [1]),
+        raw.noise_sgd: (*([torch.rand(7)] for _ in range(3)), *draws, 0.1, 0.9, 0.0, 0.0, False, False),
     }
     for op, args in calls.items():
         torch.library.opcheck(op.default, args, test_utils=tests)

@@ -108,11 +108,8 @@ def test_a_step_that_fails_leaves_no_clean_sum(monkeypatch):
 
     def fail(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-        return done(*args, **kwargs)
+        raise MemoryError
 
-    done = ops.noise_adamw
     monkeypatch.setattr(ops, "noise_adamw", fail)
     with pytest.raises(MemoryError):
         optimizer.step()
@@ -136,19 +133,36 @@ def test_bad_input_changes_nothing():
     ]
     for tensors, step, word in cases:
         with pytest.raises(RuntimeError, match=word):
-            ops.noise_adamw(*tensors, draw, step=step, backend="cpp", **adam)
+            ops.noise_adamw(*([t] for t in tensors), [draw], steps=[step], backend="cpp", **adam)
+    with pytest.raises(RuntimeError, match="share memory"):  # of different parameters
+        lists = [[x[0][:32], x[0][16:48]], *([t[:32], t[32:]] for t in x[1:])]
+        ops.noise_adamw(*lists, [draw, draw], steps=[1, 1], backend="cpp", **adam)
     with pytest.raises(RuntimeError, match="momentum needs a buffer"):
-        ops.noise_sgd(x[0], x[1], None, draw, lr=1.0, momentum=0.5, backend="cpp")
+        ops.noise_sgd([x[0]], [x[1]], [], [draw], lr=1.0, momentum=0.5, backend="cpp")
+    for other in (
+        ops.Draw(2.0, 1.0, draw.key, 0, 64),
+        ops.Draw(1.0, 0.5, draw.key, 0, 64),
+        ops.Draw(1.0, 1.0, draw.key, 1, 64),
+        ops.Draw(1.0, 1.0, fastclip.random.Key(bytes(32)), 0, 64),
+    ):
+        for backend in ("cpp", "torch"):
+            with pytest.raises(ValueError, match="draws must differ in nothing but their offset"):
+                ops.noise_sgd(x[:2], x[2:], [], [draw, other], lr=1.0, backend=backend)
+    with pytest.raises(ValueError, match="must be as many"):
+        ops.noise_sgd(x[:2], x[2:3], [], [draw], lr=1.0)
     assert all(bool((t == 1).all()) for t in x)
 
 
 @pytest.mark.parametrize("offset", [0, 3, 1000])
 def test_the_plain_formulation_is_the_same(offset):
-    draw = ops.Draw(1.0, 0.5, fastclip.random.Key(bytes(32)), 7, offset)
-    ours = [torch.randn(1003) for _ in range(4)]
-    ours[3].abs_()
-    theirs = [x.clone() for x in ours]
-    for tensors, backend in ((ours, "cpp"), (theirs, "torch")):
-        ops.noise_adamw(*tensors, draw, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, step=3, backend=backend)
-    assert torch.equal(ours[1], theirs[1])
+    key = fastclip.random.Key(bytes(32))
+    draws = [ops.Draw(1.0, 0.5, key, 7, offset), ops.Draw(1.0, 0.5, key, 7, offset + 5000)]
+    ours = [[torch.randn(n) for n in (1003, 17)] for _ in range(4)]
+    for x in ours[3]:
+        x.abs_()
+    theirs = [[x.clone() for x in list_] for list_ in ours]
+    for lists, backend in ((ours, "cpp"), (theirs, "torch")):
+        adam = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        ops.noise_adamw(*lists, draws, steps=[3, 1], backend=backend, **adam)
+    assert all(map(torch.equal, ours[1], theirs[1]))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -67,20 +67,30 @@ void clipped_sum(const Tensor& grads, const Tensor& factors_in, const Tensor& ou
     STD_TORCH_CHECK(false, "clipped_sum: out must be fp32 or fp64");
 }
 
-void clip_accumulate_noise(const Tensor& grads, const Tensor& factors_in, const Tensor& out, double std, double scale,
-                           const Tensor& key, int64_t nonce, int64_t block, int64_t skip) {
+void clip_accumulate_noise(std::vector<Tensor> grads, Tensor factors_in, std::vector<Tensor> outs, double std, double scale,
+                           Tensor key, int64_t nonce, std::vector<int64_t> blocks, std::vector<int64_t> skips) {
   const char* op = "clip_accumulate_noise";
-  const auto factors = checked(op, grads, factors_in, out);
   STD_TORCH_CHECK(scale == 1, op, ": scale must be 1, got ", scale);
-  const Noise noise = noise_of(key, nonce, block, skip, std, scale);
-  if (out.scalar_type() == ScalarType::Float)
-    launch<float>(op, &noise, grads, factors, out, skip);
-  else if (out.scalar_type() == ScalarType::BFloat16)
-    launch<c10::BFloat16>(op, &noise, grads, factors, out, skip);
-  else if (out.scalar_type() == ScalarType::Half)
-    launch<c10::Half>(op, &noise, grads, factors, out, skip);
-  else
-    STD_TORCH_CHECK(false, op, ": out must be fp32, bf16 or fp16");
+  const size_t count = grads.size();
+  STD_TORCH_CHECK(outs.size() == count && blocks.size() == count && skips.size() == count, op,
+                  ": one out, one block and one skip for each of grad_samples");
+  std::vector<double> factors;
+  std::vector<Noise> noise;
+  for (size_t k = 0; k < count; ++k) {
+    factors = checked(op, grads[k], factors_in, outs[k]);
+    const auto type = outs[k].scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+                    ": out must be fp32, bf16 or fp16");
+    noise.push_back(noise_of(key, nonce, blocks[k], skips[k], std, scale));
+  }
+  for (size_t k = 0; k < count; ++k) {
+    if (outs[k].scalar_type() == ScalarType::Float)
+      launch<float>(op, &noise[k], grads[k], factors, outs[k], skips[k]);
+    else if (outs[k].scalar_type() == ScalarType::BFloat16)
+      launch<c10::BFloat16>(op, &noise[k], grads[k], factors, outs[k], skips[k]);
+    else
+      launch<c10::Half>(op, &noise[k], grads[k], factors, outs[k], skips[k]);
+  }
 }
 
 }  // namespace

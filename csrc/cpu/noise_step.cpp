@@ -1,11 +1,11 @@
-// noise_adamw, noise_sgd: add_noise and the optimizer's update in one pass.
+// noise_adamw, noise_sgd: add_noise and the optimizer's update in one pass, over lists of parameters.
 //
-// All fp32, contiguous, of one size. Per element: 8 bytes of keystream, the noisy gradient formed in fp64 and rounded once
+// All fp32, contiguous, each parameter's of one size. Per element: 8 bytes of keystream, the noisy gradient formed in fp64 and rounded once
 // (the same bits as add_noise), written over the sum, and torch's own update of it in fp32. AdamW reads param, grad, m and v
 // and writes them, 32 bytes; two passes would take 40.
 #include <cmath>
 #include <initializer_list>
-#include <optional>
+#include <utility>
 #include <vector>
 
 #include "noise.h"
@@ -75,52 +75,79 @@ void launch(const Noise& noise, const Update& by, float* param, float* grad, int
   });
 }
 
-// Their memory, once it is clear that nothing else is meant and nothing overlaps.
-std::vector<float*> buffers(const char* op, std::initializer_list<const Tensor*> tensors) {
-  std::vector<float*> out;
-  const int64_t n = (*tensors.begin())->numel();
-  for (const Tensor* x : tensors) {
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->numel() == n, op,
-                    ": param, grad and state must be contiguous fp32 of one size");
-    out.push_back(static_cast<float*>(x->mutable_data_ptr()));
+using Tensors = std::vector<Tensor>;
+
+// Tensor k's buffers, [k][which], once it is clear that nothing else is meant and nothing overlaps.
+std::vector<std::vector<float*>> buffers(const char* op, std::initializer_list<const Tensors*> lists) {
+  const Tensors& params = **lists.begin();
+  std::vector<std::vector<float*>> out(params.size());
+  std::vector<std::pair<uintptr_t, uintptr_t>> taken;
+  for (const Tensors* list : lists) {
+    STD_TORCH_CHECK(list->size() == params.size(), op, ": params, grads and state must be lists of one length");
+    for (size_t k = 0; k < list->size(); ++k) {
+      const Tensor& x = (*list)[k];
+      const int64_t n = params[k].numel();
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == n, op,
+                      ": param, grad and state must be contiguous fp32 of one size");
+      auto* data = static_cast<float*>(x.mutable_data_ptr());
+      out[k].push_back(data);
+      if (n) taken.push_back({reinterpret_cast<uintptr_t>(data), reinterpret_cast<uintptr_t>(data + n)});
+    }
   }
-  for (size_t i = 0; i < out.size(); ++i)
-    for (size_t j = 0; j < i; ++j)
-      STD_TORCH_CHECK(n == 0 || out[i] + n <= out[j] || out[j] + n <= out[i], op, ": param, grad and state share memory");
+  std::sort(taken.begin(), taken.end());
+  for (size_t i = 1; i < taken.size(); ++i)
+    STD_TORCH_CHECK(taken[i - 1].second <= taken[i].first, op, ": params, grads or state share memory");
   return out;
 }
 
-void noise_adamw(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, double std,
-                 double scale, const Tensor& key, int64_t nonce, int64_t block, int64_t skip, double lr, double beta1,
-                 double beta2, double eps, double weight_decay, int64_t step) {
-  STD_TORCH_CHECK(step >= 1, "noise_adamw: step counts from 1, got ", step);
-  const auto to = buffers("noise_adamw", {&param, &grad, &exp_avg, &exp_avg_sq});
-  const Noise noise = noise_of(key, nonce, block, skip, std, scale);
-  const AdamW by{static_cast<float>(1 - lr * weight_decay),
-                 static_cast<float>(1 - beta1),
-                 static_cast<float>(beta2),
-                 static_cast<float>(1 - beta2),
-                 static_cast<float>(std::sqrt(1 - std::pow(beta2, step))),
-                 static_cast<float>(eps),
-                 static_cast<float>(lr / (1 - std::pow(beta1, step))),
-                 to[2],
-                 to[3]};
-  launch(noise, by, to[0], to[1], param.numel(), skip);
+// What tensor k draws, for all of them before any is written.
+std::vector<Noise> noises(const char* op, size_t count, const Tensor& key, int64_t nonce, const std::vector<int64_t>& blocks,
+                          const std::vector<int64_t>& skips, double std, double scale) {
+  STD_TORCH_CHECK(blocks.size() == count && skips.size() == count, op, ": one block and one skip for each parameter");
+  std::vector<Noise> out;
+  for (size_t k = 0; k < count; ++k) out.push_back(noise_of(key, nonce, blocks[k], skips[k], std, scale));
+  return out;
 }
 
-void noise_sgd(const Tensor& param, const Tensor& grad, const std::optional<Tensor>& buffer, double std, double scale,
-               const Tensor& key, int64_t nonce, int64_t block, int64_t skip, double lr, double momentum, double dampening,
+void noise_adamw(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, double std, double scale, Tensor key,
+                 int64_t nonce, std::vector<int64_t> blocks, std::vector<int64_t> skips, double lr, double beta1, double beta2,
+                 double eps, double weight_decay, std::vector<int64_t> steps) {
+  const char* op = "noise_adamw";
+  STD_TORCH_CHECK(steps.size() == params.size(), op, ": one step for each parameter");
+  for (int64_t step : steps) STD_TORCH_CHECK(step >= 1, op, ": step counts from 1, got ", step);
+  const auto to = buffers(op, {&params, &grads, &exp_avgs, &exp_avg_sqs});
+  const auto noise = noises(op, params.size(), key, nonce, blocks, skips, std, scale);
+  for (size_t k = 0; k < params.size(); ++k) {
+    const AdamW by{static_cast<float>(1 - lr * weight_decay),
+                   static_cast<float>(1 - beta1),
+                   static_cast<float>(beta2),
+                   static_cast<float>(1 - beta2),
+                   static_cast<float>(std::sqrt(1 - std::pow(beta2, steps[k]))),
+                   static_cast<float>(eps),
+                   static_cast<float>(lr / (1 - std::pow(beta1, steps[k]))),
+                   to[k][2],
+                   to[k][3]};
+    launch(noise[k], by, to[k][0], to[k][1], params[k].numel(), skips[k]);
+  }
+}
+
+void noise_sgd(Tensors params, Tensors grads, Tensors momentum_buffers, double std, double scale, Tensor key, int64_t nonce,
+               std::vector<int64_t> blocks, std::vector<int64_t> skips, double lr, double momentum, double dampening,
                double weight_decay, bool nesterov, bool first) {
-  const auto to =
-      buffer ? buffers("noise_sgd", {&param, &grad, &*buffer}) : buffers("noise_sgd", {&param, &grad});
-  STD_TORCH_CHECK(buffer.has_value() == (momentum != 0), "noise_sgd: momentum needs a buffer, and only momentum does");
-  const Noise noise = noise_of(key, nonce, block, skip, std, scale);
+  const char* op = "noise_sgd";
+  STD_TORCH_CHECK(momentum_buffers.size() == (momentum != 0 ? params.size() : 0), op,
+                  ": momentum needs a buffer for each parameter, and only momentum does");
+  const auto to = momentum != 0 ? buffers(op, {&params, &grads, &momentum_buffers}) : buffers(op, {&params, &grads});
+  const auto noise = noises(op, params.size(), key, nonce, blocks, skips, std, scale);
   const float rate = lr, decay = weight_decay;
-  if (buffer)
-    launch(noise, Momentum{rate, decay, float(momentum), float(1 - dampening), nesterov, first, to[2]}, to[0], to[1],
-           param.numel(), skip);
-  else
-    launch(noise, Sgd{rate, decay}, to[0], to[1], param.numel(), skip);
+  for (size_t k = 0; k < params.size(); ++k) {
+    const int64_t n = params[k].numel();
+    if (momentum != 0)
+      launch(noise[k], Momentum{rate, decay, float(momentum), float(1 - dampening), nesterov, first, to[k][2]}, to[k][0],
+             to[k][1], n, skips[k]);
+    else
+      launch(noise[k], Sgd{rate, decay}, to[k][0], to[k][1], n, skips[k]);
+  }
 }
 
 }  // namespace
