@@ -8,6 +8,7 @@ gap: each one carries a hook that refuses a gradient from autograd itself. One u
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -112,10 +113,26 @@ class Clipper:
         self._names: dict[nn.Parameter, str] = {}
         self._group: dict[Tensor, int] = {}
         self._num_groups = 1
+        self._spread_limit = math.inf
         self._live: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._last: Forward | None = None
         self._local = threading.local()
         self._open_units = 0
+
+    @property
+    def num_groups(self) -> int:
+        """K, into how many groups the clipping rule puts the parameters."""
+        return self._num_groups
+
+    def sum_exactly(self, spread_limit: float) -> None:
+        """Clipped sums in fp64, and factors that also keep ``factor sum_t |a_t||g_t|`` within ``spread_limit`` C.
+
+        For mechanisms that prove what summation may be off by. Raises RuntimeError while a sum waits.
+        """
+        if any(self.sums.pending(p) is not None for p in self.parameters()):
+            raise RuntimeError("a clipped sum waits for its release: call zero_grad() first")
+        self.sums.fp64 = True
+        self._spread_limit = spread_limit
 
     @property
     def max_grad_norm(self) -> float:
@@ -355,25 +372,27 @@ class Clipper:
 
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
         device = next(iter(done.entries))[0].device
-        squares = torch.zeros(self._num_groups, units.num_units, dtype=torch.float64, device=device)
-        bounds = torch.zeros_like(squares)
+        shape = self._num_groups, units.num_units
+        found = tape.Measure(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
         for (p, _, _), entries in done.entries.items():
-            square, bound = tape.squared_norm(entries)
-            squares[self._group[p]] += square.to(device)
-            if bound is not None:
-                bounds[self._group[p]] += bound.to(device)
+            of, k = tape.measure(entries), self._group[p]
+            found.square[k] += of.square.to(device)
+            found.bound[k] += of.bound.to(device)
+            found.spread[k] += of.spread.to(device)
         scale = torch.ones(units.num_units, dtype=torch.float64)
         if units.mean:
             scale /= units.examples_per_unit
         if self.loss_reduction == "mean":
             scale *= float(units.num_examples or 0)
-        return tape.clip(squares, bounds, scale.to(device), self.rule)
+        return tape.clip(found, scale.to(device), self.rule, self._spread_limit)
 
     def _add(self, done: BackwardPass, factors: Tensor) -> None:
         """Sums of all slots; entries are dropped as they are used. factors: ``[K, U]``."""
         totals: dict[Tensor, Tensor] = {}
+        terms: dict[Tensor, int] = {}
         for slot in list(done.entries):
             p, start, stop = slot
+            terms[p] = terms.get(p, 0) + sum(entry.terms for entry in done.entries[slot])
             whole = not p.dim() or stop - start == p.shape[0]
             holds = True
             if p not in totals:
@@ -386,6 +405,7 @@ class Clipper:
                 holds = True
         for p, total in totals.items():
             self.sums.write(p, total, released=False)
+        self.sums.terms += max(terms.values())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastclip import ops
+from fastclip.discrete import DiscreteGaussian, draw_integers
 from fastclip.random import MAX_ELEMENTS, Key, nonce
 
 # Counts the forks between this process and the one that imported this module.
@@ -35,6 +36,7 @@ class Purpose(enum.IntEnum):
 
     GRADIENT = 0
     QUANTILE = 1
+    DISCRETE = 2
 
 
 class NoiseSource:
@@ -156,6 +158,22 @@ class NoiseSource:
         if not in_place:
             out.detach().copy_(noisy.view(out.shape))
         return out
+
+    def add_discrete(
+        self, grad_sum: Tensor, mechanism: DiscreteGaussian, *, offset: int, scale: float, out: Tensor
+    ) -> Tensor:
+        """Writes ``(round(grad_sum / grid) + Z) * grid * scale`` into `out` and returns it, Z ~ N_Z(0, sigma^2) exactly.
+
+        Arguments, refusals and edge cases as for `add_`; grad_sum on CPU. What follows the integers is post-processing. Values
+        beyond 2^61 grid points are cut off there, which brings no two sums further apart.
+        """
+        _check(grad_sum, out)
+        draw = self.spend(offset, grad_sum.numel(), mechanism.std, scale, Purpose.DISCRETE)
+        points = grad_sum.detach().double().div(mechanism.grid).round_().clamp_(-(2.0**61), 2.0**61).long()
+        noise = torch.empty(points.numel(), dtype=torch.int64)
+        draw_integers(noise, mechanism.sigma, draw)
+        points += noise.view(points.shape)
+        return out.copy_(points.double().mul_(mechanism.grid).mul_(scale))
 
     def spend(self, offset: int, count: int, std: float, scale: float, purpose: Purpose = Purpose.GRADIENT) -> ops.Draw:
         """Takes elements [offset, offset + count) of this step: what is answered is to be drawn from once, at once.

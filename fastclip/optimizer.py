@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fastclip import fused, ops
 from fastclip.clipping import ClippingRule
+from fastclip.discrete import SPREAD, DiscreteGaussian, check_summation, discrete_gaussian
 from fastclip.module import Clipper, attach, clipper_of
 from fastclip.noise import NoiseSource
 from fastclip.tape import ROUNDING_SLACK
@@ -53,7 +54,8 @@ class DPOptimizer(Optimizer):
     the clipper's own from then on. expected_batch_size: units per logical batch, a public number; from the sampler if
     None. loss_reduction: "mean" if the loss given to backward() is a mean over examples (the noisy sum is then divided by
     expected_batch_size), "sum" if it is their sum (it is not). module: the model, attached here if it is not yet.
-    sampler: ties every release to one draw. seed: reproducible noise, which is not private.
+    sampler: ties every release to one draw. seed: reproducible noise, which is not private. secure: discrete Gaussian noise on
+    a grid, with a claim that covers rounding (``mechanism``); sums in fp64, several times slower than the default.
 
     Raises ValueError for bad arguments, for optimizers that evaluate a closure again (LBFGS), and where optimizer and
     model do not hold the same trainable parameters; the model is then as it was.
@@ -71,6 +73,7 @@ class DPOptimizer(Optimizer):
         clipping: str | ClippingRule = "flat",
         sampler: DrawSource | None = None,
         seed: int | None = None,
+        secure: bool = False,
         strict: bool = True,
     ) -> None:
         if isinstance(optimizer, torch.optim.LBFGS | DPOptimizer) or not isinstance(optimizer, Optimizer):
@@ -83,6 +86,9 @@ class DPOptimizer(Optimizer):
         self.noise_multiplier = noise_multiplier
         self._expected_batch_size = _batch_size(expected_batch_size, sampler)
         self.sampler = sampler
+        if secure and seed is not None:
+            raise ValueError(f"secure=True proves what a known seed={seed!r} gives away: leave one of them out")
+        self.secure = bool(secure)
         self.noise = NoiseSource(seed)
         self._release_hooks: list[Callable[[DPOptimizer], object]] = []
         self._seen: set[int] = set()
@@ -110,6 +116,14 @@ class DPOptimizer(Optimizer):
         if existing is not None and (clipping != "flat" or strict is not True):
             raise ValueError("module is attached already: choose clipping and strict in attach(), or detach it first")
         self.clipper: Clipper = existing or attach(module, max_grad_norm, clipping, loss_reduction, strict)
+        if secure:
+            try:
+                self.mechanism  # noqa: B018  refuses what cannot be claimed
+                self.clipper.sum_exactly(SPREAD)
+            except BaseException:
+                if existing is None:
+                    self.clipper.detach()
+                raise
         self.clipper.owner = self
         self._releasing = False
         optimizer.register_step_pre_hook(self._only_from_here)
@@ -146,7 +160,20 @@ class DPOptimizer(Optimizer):
     @property
     def noise_std(self) -> float:
         """Standard deviation on each coordinate of the sum."""
+        if self.secure:
+            return self.mechanism.std
         return self.noise_multiplier * self.max_grad_norm * (1 + ROUNDING_SLACK)
+
+    @property
+    def mechanism(self) -> DiscreteGaussian:
+        """With ``secure=True``: the grid, the noise on it, the sensitivity, and in words what is claimed of each release.
+
+        Raises RuntimeError without it, ValueError where nothing can be claimed.
+        """
+        if not self.secure:
+            raise RuntimeError("only secure=True releases by a mechanism whose rounding is proved")
+        elements = sum(p.numel() for p in self._parameters() if p.requires_grad)
+        return discrete_gaussian(self.noise_multiplier, self.max_grad_norm, elements)
 
     def attach_release_hook(self, hook: Callable[[DPOptimizer], object]) -> None:
         """Call ``hook(self)`` at the start of every release, before anything changes; what it raises stops the release."""
@@ -183,7 +210,7 @@ class DPOptimizer(Optimizer):
         self._check_release()
         for hook in self._release_hooks:
             hook(self)
-        update = fused.update_of(self.original_optimizer)
+        update = None if self.secure else fused.update_of(self.original_optimizer)
         try:
             self._add_noise(update)
         except BaseException:
@@ -218,6 +245,10 @@ class DPOptimizer(Optimizer):
             )
         for p, name in names.items():
             self.clipper.sums.check(name, p)
+        if self.secure:
+            check_summation(
+                self.mechanism, terms=self.clipper.sums.terms, units=self._num_entered, groups=self.clipper.num_groups
+            )
         if self.sampler is not None:
             draw = self.sampler.current_draw
             if draw is None or draw in self._released:
@@ -235,6 +266,7 @@ class DPOptimizer(Optimizer):
     def _add_noise(self, update: fused.Update | None) -> None:
         """Let each ``p.grad`` be noisy; with ``update``, the parameters and the optimizer's state follow in the same pass."""
         std, offset, sums = self.noise_std, 0, self.clipper.sums
+        mechanism = self.mechanism if self.secure else None
         scale = 1 / self.expected_batch_size if self.clipper.loss_reduction == "mean" else 1.0
         noisy: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
@@ -247,6 +279,10 @@ class DPOptimizer(Optimizer):
                     if update is not None and p.numel():
                         together.append((p, total, self.noise.spend(offset, p.numel(), std, scale)))
                         noisy.append((p, total))
+                    elif mechanism is not None:
+                        out = torch.empty_like(total, dtype=torch.float32)
+                        self.noise.add_discrete(total, mechanism, offset=offset, scale=scale, out=out)
+                        noisy.append((p, out.to(p.dtype)))
                     else:
                         # An fp64 sum is rounded to fp32 too: only rounding hides the grid that fp64 noise lies on.
                         out = total if total.dtype == torch.float32 else torch.empty_like(total, dtype=torch.float32)

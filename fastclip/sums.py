@@ -1,7 +1,7 @@
 """Where the clipped sums of one logical batch stand, and who may touch them.
 
 fp32 (or fp64) sums live in ``p.grad`` itself; for a narrower parameter they are kept beside it in fp32 and ``p.grad``
-shows them rounded, because clipped sums accumulate in fp32 whatever the parameter's dtype.
+shows them rounded, because clipped sums accumulate in fp32 whatever the parameter's dtype. With ``fp64`` all are kept so.
 
 Guarantee: between a backward and the release nobody else changes the sums unnoticed (identity and version counter of
 ``p.grad`` are remembered), and sums are not added to gradients that were released already.
@@ -21,13 +21,15 @@ from fastclip.reference import accumulation_dtype
 class _Record:
     grad: Tensor  # what p.grad was when we last wrote it
     version: int
-    wide: Tensor | None  # fp32 sum of a narrower parameter; None where p.grad is the sum
+    wide: Tensor | None  # the sum of a narrower parameter; None where p.grad is the sum
     released: bool
 
 
 class GradientSums:
     def __init__(self) -> None:
         self._records: dict[Tensor, _Record] = {}
+        self.fp64 = False  # whatever the parameters are
+        self.terms = 0  # how many an element of the sums got at most, until they are released
 
     def check(self, name: str, p: Tensor) -> None:
         """Raises RuntimeError unless ``p.grad`` is absent, zero, or the sum that we left there."""
@@ -62,14 +64,18 @@ class GradientSums:
         pending = self.pending(p)
         if pending is not None:
             return pending, True
-        return torch.empty_like(p, dtype=accumulation_dtype(p.dtype), memory_format=torch.contiguous_format), False
+        dtype = torch.float64 if self.fp64 else accumulation_dtype(p.dtype)
+        return torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format), False
 
     def write(self, p: Tensor, total: Tensor, *, released: bool) -> None:
         """Let ``p.grad`` be ``total`` (in p's dtype) and remember it."""
         wide = None if total.dtype == p.dtype else total
         p.grad = total if wide is None else total.to(p.dtype)
         self._records[p] = _Record(p.grad, p.grad._version, None if released else wide, released)
+        if released:
+            self.terms = 0
 
     def clear(self) -> None:
         """Forget everything; whoever calls this clears the gradients."""
         self._records.clear()
+        self.terms = 0

@@ -39,6 +39,11 @@ class LinearRows:
     g: Tensor
     segments: Segments
 
+    @property
+    def terms(self) -> int:
+        """How many terms an element of the clipped sum gets at most."""
+        return self.a.shape[0]
+
     def part(self, start: int, stop: int) -> LinearRows:
         """The gradient of rows ``start:stop`` of the parameter."""
         return LinearRows(self.a, self.g[:, start:stop], self.segments)
@@ -63,6 +68,11 @@ class EmbeddingRows:
     segments: Segments
     padding_idx: int | None
 
+    @property
+    def terms(self) -> int:
+        """How many terms an element of the clipped sum gets at most."""
+        return self.g.shape[0]
+
     def part(self, start: int, stop: int) -> PerUnit:
         whole = self.per_unit(torch.Size([max(stop, int(self.ids.max()) + 1), self.g.shape[1]]))
         return PerUnit(whole[:, start:stop])
@@ -86,6 +96,11 @@ class PerUnit:
     """Gradients materialised a unit: ``[U, *shape]``. Norm and sum use the very same numbers."""
 
     grads: Tensor
+
+    @property
+    def terms(self) -> int:
+        """How many terms an element of the clipped sum gets at most."""
+        return self.grads.shape[0]
 
     def part(self, start: int, stop: int) -> PerUnit:
         return PerUnit(self.grads[:, start:stop])
@@ -161,32 +176,48 @@ def _merge_embedding(entries: Sequence[EmbeddingRows]) -> EmbeddingRows:
     return EmbeddingRows(ids, g, Segments(None, together.offsets), entries[0].padding_idx)
 
 
-def squared_norm(entries: Sequence[Entry]) -> tuple[Tensor, Tensor | None]:
-    """(fp64 ``[U]`` squared norm, fp64 ``[U]`` bound on the rounding of the clipped sum) for a slot of ``separate``.
+@dataclass(frozen=True)
+class Measure:
+    """What a unit has in a slot, each fp64 ``[U]``.
 
-    The bound covers what is summed over rows in fp32, ``(L + 2) 2^-24 sum_t |a_t||g_t|`` for a unit of L rows (Higham,
-    section 3.1, one more for the factor); None where norm and sum are taken from the same materialised numbers.
+    square: squared norm. bound: on the rounding of the clipped sum over the unit's own rows in fp32,
+    ``(L + 2) 2^-24 sum_t |a_t||g_t|`` for L rows (Higham, section 3.1, one more for the factor); 0 where norm and sum are taken
+    from the same materialised numbers. spread: ``sum_t |a_t||g_t|``, the norm itself for those.
     """
+
+    square: Tensor
+    bound: Tensor
+    spread: Tensor
+
+
+def measure(entries: Sequence[Entry]) -> Measure:
+    """Of the entries of one slot of ``separate``."""
     linear = [e for e in entries if isinstance(e, LinearRows)]
     embedding = [e for e in entries if isinstance(e, EmbeddingRows)]
     if isinstance(entries[0], PerUnit):
-        return _square(entries[0].grads), None
+        square = _square(entries[0].grads)
+        return Measure(square, torch.zeros_like(square), square.sqrt())
     if not embedding:
         head = _merge_linear(linear)
         parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
-        return parts[0], _rounding(parts[1], head.g.dtype, head.segments)
+        return Measure(parts[0], _rounding(parts[1], head.g.dtype, head.segments), parts[1])
     tail = _merge_embedding(embedding)
     square = ops.embedding_norm(tail.ids, tail.g, tail.segments.offsets, tail.padding_idx)
     ones = tail.g.new_ones(tail.g.shape[0], 1)
-    bound = _rounding(ops.row_norm_products(ones, tail.g, tail.segments.offsets), tail.g.dtype, tail.segments)
+    spread = ops.row_norm_products(ones, tail.g, tail.segments.offsets)
+    bound = _rounding(spread, tail.g.dtype, tail.segments)
     if not linear:
-        return square, bound
+        return Measure(square, bound, spread)
     head = _merge_linear(linear)
     cross = 2 * ops.tied_cross(
         head.a, head.g, head.segments.offsets, tail.ids, tail.g, tail.segments.offsets, tail.padding_idx
     )
     parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
-    return _tied_square(head, parts, square + cross, square), bound + _rounding(parts[1], head.g.dtype, head.segments)
+    return Measure(
+        _tied_square(head, parts, square + cross, square),
+        bound + _rounding(parts[1], head.g.dtype, head.segments),
+        spread + parts[1],
+    )
 
 
 def _tied_square(head: LinearRows, parts: Tensor, others: Tensor, embedding: Tensor) -> Tensor:
@@ -226,19 +257,21 @@ class Outcome:
     nonfinite: Tensor
 
 
-def clip(squares: Tensor, bounds: Tensor, scale: Tensor, rule: ClippingRule) -> Outcome:
-    """Norms and factors from squared norms ``[K, U]``, rounding bounds ``[K, U]`` and each unit's weight ``[U]``.
+def clip(found: Measure, scale: Tensor, rule: ClippingRule, spread_limit: float) -> Outcome:
+    """Norms and factors from what units have in each group, ``[K, U]``, and each unit's weight ``[U]``.
 
-    A unit's gradient is ``scale`` times the sum of its rows' gradients, and the factors returned multiply that sum.
+    A unit's gradient is ``scale`` times the sum of its rows' gradients, and the factors returned multiply that sum. They also
+    keep ``factor * spread`` within ``spread_limit`` times what bounds the norm.
     """
-    norms = squares.sqrt() * scale
-    bounds = bounds * scale
+    norms = found.square.sqrt() * scale
+    bounds = found.bound * scale
     guarded = torch.where(bounds > SUM_SLACK * norms, norms + bounds, norms)
+    guarded = torch.maximum(guarded, found.spread * scale / spread_limit)
     factors = rule.factors(guarded)
     # No rule gets beyond its own bound, and no factor is so small that fp32 would lose its digits.
     clipped = (factors * guarded).square().sum(0).sqrt()  # [U]
     factors = factors * (rule.max_grad_norm / clipped).clamp(max=1.0) * scale
-    finite = squares.isfinite().all(0) & factors.isfinite().all(0)  # [U]
+    finite = found.square.isfinite().all(0) & factors.isfinite().all(0)  # [U]
     factors = factors.masked_fill(~finite | (factors < 1e-30), 0.0)
     total = norms.square().sum(0).sqrt()
     return Outcome(total.float(), factors, (~finite).sum())

@@ -1,11 +1,12 @@
 // fastclip._host: what has nothing to do with tensors: the generators and the transform on given input, for tests and for
-// whoever wants to check the stream, and what this processor is taken for. Nothing draws noise with it.
+// whoever wants to check the stream; the discrete Gaussian; and what this processor is taken for.
 #pragma GCC diagnostic ignored "-Wattributes"
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../cpu/dispatch.h"
+#include "../random/discrete_gaussian.h"
 #include "../random/normals.h"
 #include "../random/stream.h"
 
@@ -82,6 +83,40 @@ py::array_t<double> normals_of(const Words& words, bool vectors) {
   return out;
 }
 
+// out[i] is element first + i of the stream.
+void discrete_gaussians(Words& out, uint64_t sigma, const py::bytes& key, uint64_t nonce, uint64_t first) {
+  const std::string secret = key;
+  if (secret.size() != 32) throw py::value_error("key must be 32 bytes, got " + std::to_string(secret.size()));
+  if (sigma < 1 || sigma > kMostSigma)
+    throw py::value_error("sigma must be a whole number in [1, 2^31], got " + std::to_string(sigma));
+  if (out.ndim() != 1 || !out.writeable()) throw py::value_error("out must be int64 of shape [n]");
+  const uint64_t count = out.shape(0);
+  if (first >= kMostElements || count > kMostElements - first)
+    throw py::value_error("elements must lie in [0, 2^48), got " + std::to_string(count) + " from " + std::to_string(first));
+  int64_t* to = out.mutable_data();
+  Stream stream;
+  std::memcpy(stream.key, secret.data(), 32);
+  stream.nonce = nonce;
+  py::gil_scoped_release release;
+  for (uint64_t i = 0; i < count; i += 16) {
+    u32x16 halves[16];
+    best([&]() FASTCLIP_LAMBDA {
+      u32x16 low, high;
+      for (int lane = 0; lane < 16; ++lane) {
+        low[lane] = static_cast<uint32_t>(first + i + lane);
+        high[lane] = static_cast<uint32_t>((first + i + lane) >> 32);
+      }
+      stream_words(stream, low, high, halves);
+    });
+    for (uint64_t lane = 0; lane < 16 && i + lane < count; ++lane) {
+      uint64_t own[8];
+      for (int w = 0; w < 8; ++w) own[w] = halves[2 * w][lane] | uint64_t{halves[2 * w + 1][lane]} << 32;
+      ElementWords words(stream, first + i + lane, own);
+      to[i + lane] = discrete_gaussian(words, sigma);
+    }
+  }
+}
+
 const char* cpu_capability() {
   const Capability found = capability();
   return found == Capability::kAvx512 ? "avx512" : found == Capability::kAvx2 ? "avx2" : "default";
@@ -98,5 +133,8 @@ PYBIND11_MODULE(_host, m) {
         py::arg("key0"), py::arg("key1"));
   m.def("normals", &fastclip::normals_of, "Normals of given words, int64 [n, 8] to fp64 [n, 8]; fastclip.random.normals.",
         py::arg("words"), py::arg("vectors") = true);
+  m.def("discrete_gaussian", &fastclip::discrete_gaussians,
+        "Fills out, int64 [n], with N_Z(0, sigma^2): elements first and on of the stream of (key, nonce).",
+        py::arg("out").noconvert(), py::arg("sigma"), py::arg("key"), py::arg("nonce"), py::arg("first"));
   m.def("cpu_capability", &fastclip::cpu_capability, "The instruction set whose kernels run here.");
 }
