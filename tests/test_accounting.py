@@ -349,3 +349,13 @@ def test_events_hold_plain_numbers():
     assert [type(value) for value in (event.noise_multiplier, event.sample_rate, event.count)] == [float, float, int]
     with pytest.raises(ValueError, match="count=-1"):
         StepEvent(1.0, 0.1, -1)
+
+
+def test_noise_beyond_all_measure_costs_nothing():
+    for noise in (1e15, 1e100, 1e300):
+        assert get_epsilon(noise, 0.5, 10, 1e-5) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_where_no_noise_is_needed_calibration_says_so():
+    noise = get_noise_multiplier(1.0, 1e-2, 1e-9, 10)
+    assert 0 < noise < 1e-9 and get_epsilon(noise, 1e-9, 10, 1e-2) <= 1.0

@@ -50,6 +50,8 @@ def get_noise_multiplier(
     low = high / 2
     while low > 1 / _LARGEST_NOISE and epsilon(low) <= target_epsilon:
         high, low = low, low / 2
+    if epsilon(low) <= target_epsilon:
+        return _rounded(low)  # any noise is enough: a unit is hardly ever drawn
 
     # The cap keeps the interpolation sane where epsilon is huge or infinite.
     noise: float = optimize.brentq(

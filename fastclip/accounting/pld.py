@@ -45,6 +45,7 @@ _FINEST_INTERVAL = 2.0**-20
 _SETTLED = 1e-3
 _SETTLED_ABSOLUTELY = 1e-5
 _SMALLEST_NOISE = 0.02
+_LARGEST_NOISE = 1e12  # as good as infinite; squares of more overflow
 _CURVE_POINTS = 64
 _ROUNDING = 1e-15
 
@@ -92,6 +93,7 @@ def _refine(steps: Sequence[StepEvent], delta: float, users: int) -> tuple[float
     """Epsilon, and the interval of the grid that gave it (0 when none was needed)."""
     if sum(step.count * step.sample_rate * users for step in steps) <= delta:
         return 0.0, 0.0
+    steps = [replace(step, noise_multiplier=min(step.noise_multiplier, _LARGEST_NOISE)) for step in steps]
     left = delta - _ROUNDING * sum(step.count for step in steps)
     if left <= 0 or any(_relative_noise(step, users) < _SMALLEST_NOISE for step in steps):
         return math.inf, 0.0
