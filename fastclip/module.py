@@ -374,8 +374,8 @@ class Clipper:
         device = next(iter(done.entries))[0].device
         shape = self._num_groups, units.num_units
         found = tape.Measure(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
-        for (p, _, _), entries in done.entries.items():
-            of, k = tape.measure(entries), self._group[p]
+        for (p, _, _), of in tape.measures(done.entries):
+            k = self._group[p]
             found.square[k] += of.square.to(device)
             found.bound[k] += of.bound.to(device)
             found.spread[k] += of.spread.to(device)

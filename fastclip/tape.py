@@ -15,7 +15,7 @@ Guarantees, given that every trainable parameter's every use is entered (module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -188,6 +188,24 @@ class Measure:
     square: Tensor
     bound: Tensor
     spread: Tensor
+
+
+def measures(slots: dict[Slot, list[Entry]]) -> Iterator[tuple[Slot, Measure]]:
+    """Of every slot of ``separate``. Layers that read one input (q, k and v; gate and up) share the products of its rows."""
+    readers: dict[object, list[Slot]] = {}
+    for slot, entries in slots.items():
+        only = entries[0]
+        if len(entries) == 1 and isinstance(only, LinearRows):
+            # Entries hold their tensors, so that one address is one input.
+            at = (only.a.data_ptr(), only.a.shape, only.a.stride(), only.a.dtype, only.a.device)
+            readers.setdefault((at, only.segments.offsets.data_ptr()), []).append(slot)
+        else:
+            yield slot, measure(entries)
+    for together in readers.values():
+        heads = [entry for slot in together for entry in slots[slot] if isinstance(entry, LinearRows)]
+        parts = ops.linear_norms(heads[0].a, [head.g for head in heads], heads[0].segments.offsets)
+        for slot, head, part in zip(together, heads, parts, strict=True):
+            yield slot, Measure(part[0], _rounding(part[1], head.g.dtype, head.segments), part[1])
 
 
 def measure(entries: Sequence[Entry]) -> Measure:

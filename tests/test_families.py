@@ -15,6 +15,7 @@ from oracle import Batch, Gradients
 from torch import nn
 
 import fastclip
+from fastclip import tape
 
 LEVELS = ("example", "user_sum", "user_mean")
 FREE = 1e6  # a C that clips nobody
@@ -75,6 +76,23 @@ def test_norms_and_clipped_gradients(case: Family, level: str) -> None:
     oracle.assert_norms(clipper.unit_norms, sizes)
     oracle.assert_gradients(oracle.collect(model), oracle.clipped_sum(units, clipping_norm))
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@families("llama", "bert_mlm")
+def test_layers_of_one_input_share_its_products(case: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v, and gate and up: fewer products of rows with themselves than layers."""
+    calls: list[int] = []
+    norms = tape.ops.linear_norms
+
+    def counting(a: torch.Tensor, g: Sequence[torch.Tensor], *rest: Any, **named: Any) -> torch.Tensor:
+        calls.append(len(g))
+        return norms(a, g, *rest, **named)
+
+    model, batch, loss_fn = case.build()
+    fastclip.attach(model, max_grad_norm=FREE)
+    monkeypatch.setattr(tape.ops, "linear_norms", counting)
+    loss_fn(model, batch).sum().backward()
+    assert 3 in calls and sum(calls) >= len(calls) + 4
 
 
 @every_family

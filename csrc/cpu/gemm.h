@@ -172,7 +172,7 @@ FASTCLIP_KERNEL void pack(const View<X>& x, int64_t m, int64_t k, const To* fact
 
 template <class To, class X, class Y>
 FASTCLIP_AVX512 void multiply(Packs<To>& packs, int64_t m, int64_t n, int64_t k, const View<X>& x, const View<Y>& y,
-                              const To* factors, bool accumulate, To* c, int64_t stride) {
+                              const To* factors, bool accumulate, To* c, int64_t stride, bool upper) {
   constexpr int64_t width = kWidth<To>;
   const auto up = [](int64_t value, int64_t step) { return (value + step - 1) / step * step; };
   To* left = packs.x.get(up(std::min(m, kRows), kHeight) * std::min(k, kDepth));
@@ -191,6 +191,7 @@ FASTCLIP_AVX512 void multiply(Packs<To>& packs, int64_t m, int64_t n, int64_t k,
         pack<kHeight>(x.at(i, t), rows, depth, factors ? factors + t : nullptr, left);
         for (int64_t b = 0; b < columns; b += width)
           for (int64_t a = 0; a < rows; a += kHeight) {
+            if (upper && j + b + width <= i + a) break;  // below the diagonal, and so is what follows
             To* to = c + (i + a) * stride + j + b;
             const To* panel = left + a * depth;
             const bool placed = b < from;
@@ -254,12 +255,12 @@ View<To> readable(const View<X>& x, int64_t m, int64_t k, const To* factors, Buf
 }  // namespace blas
 
 // c [m, n] = x y (+ c), row-major of this stride. x: element (i, t) of [m, k], y: (t, j) of [k, n]; x's is multiplied by
-// factors[t], in To, if there are any. m, n and k below 2^31.
+// factors[t], in To, if there are any. m, n and k below 2^31. upper: what lies below the diagonal may be left unwritten.
 template <class To, class X, class Y>
 void gemm(Packs<To>& packs, int64_t m, int64_t n, int64_t k, const View<X>& x, const View<Y>& y, const To* factors,
-          bool accumulate, To* c, int64_t stride) {
+          bool accumulate, To* c, int64_t stride, bool upper = false) {
 #if defined(__x86_64__)
-  if (packed::faster()) return packed::multiply(packs, m, n, k, x, y, factors, accumulate, c, stride);
+  if (packed::faster()) return packed::multiply(packs, m, n, k, x, y, factors, accumulate, c, stride, upper);
 #endif
   const View<To> left = blas::readable(x, m, k, factors, packs.x);
   const View<To> right = blas::readable(y.transposed(), n, k, static_cast<const To*>(nullptr), packs.y);  // [n, k]

@@ -15,10 +15,10 @@ namespace fastclip {
 namespace {
 
 constexpr double kRoundoff32 = 0x1p-24, kRoundoff64 = 0x1p-53, kNormSlack = 0x1p-8, kSmallestRow = 1e-15, kCancelling = 4;
-constexpr int64_t kRows = 128, kFewRows = 64;  // of a tile; the fewer, the less of a short unit is done twice
-constexpr int64_t kFew = 16;                   // rows of a unit that are multiplied where they are
-constexpr int64_t kSliceRows = 256;            // of the direct route, summed in fp32
-constexpr int64_t kSlice = int64_t{1} << 17;   // elements of W_u
+constexpr int64_t kRows = 128, kFewRows = 64;         // of a tile; the fewer, the less of a short unit the BLAS does twice
+constexpr int64_t kFew = 48, kFewChunk = 512;          // rows of a unit that are multiplied where they are, columns at a time
+constexpr int64_t kSliceRows = 256, kSliceGroup = 16;  // of the direct route, summed in fp32; of such blocks before fp64
+constexpr int64_t kSlice = int64_t{1} << 18;   // elements of W_u
 
 // Columns whose products are summed in fp32, and how many such blocks before fp64 takes over.
 struct Blocks {
@@ -54,13 +54,13 @@ struct Tile {
   int64_t unit, i, j, stop;
 };
 
-// [j - i, stop - i]: products of rows i:j with rows i:stop, over all columns in one sum.
+// [j - i, stop - i]: products of rows i:j with rows i:stop, over all columns in one sum; from the diagonal on.
 template <class To, class T>
 const To* products(const Rows<T>& x, const Tile& tile, Scratch& s, Buffer<To>& into) {
   const int64_t m = tile.j - tile.i, n = tile.stop - tile.i;
   To* out = into.get(m * n);
   const View<T> rows = view(x).at(tile.i, 0);
-  gemm<To>(s.of(To{}), m, n, x.columns, rows, rows.transposed(), nullptr, false, out, n);
+  gemm<To>(s.of(To{}), m, n, x.columns, rows, rows.transposed(), nullptr, false, out, n, true);
   return out;
 }
 
@@ -75,7 +75,7 @@ const double* blocked_products(const Rows<T>& x, const Tile& tile, const Blocks&
   for (int64_t column = 0; column < x.columns; column += how.columns) {
     const int64_t k = std::min(how.columns, x.columns - column);
     const View<T> rows = view(x).at(tile.i, column);
-    gemm<float>(s.packs, m, n, k, rows, rows.transposed(), nullptr, pending > 0, sums, n);
+    gemm<float>(s.packs, m, n, k, rows, rows.transposed(), nullptr, pending > 0, sums, n, true);
     if (++pending == how.group || column + k == x.columns) {
       best([&]() FASTCLIP_LAMBDA { add_to(out, sums, m * n); });
       pending = 0;
@@ -84,11 +84,11 @@ const double* blocked_products(const Rows<T>& x, const Tile& tile, const Blocks&
   return out;
 }
 
-// [n, n]: the same for all n rows of a short unit, which are not worth packing; half of them by symmetry.
+// [n, n]: the same for all n rows of a short unit, which are not worth packing; four by four, in columns that stay in cache.
 template <class T>
 const float* few_products(const Rows<T>& x, const Tile& tile, Buffer<float>& copy, Buffer<float>& into) {
   const int64_t n = tile.stop - tile.i;
-  const float* rows[kFew + 3];
+  const float* rows[kFew + 3] = {};
   for (int64_t r = 0; r < n; ++r) {
     if constexpr (std::is_same_v<T, float>) {
       rows[r] = x.row(tile.i + r);
@@ -101,12 +101,22 @@ const float* few_products(const Rows<T>& x, const Tile& tile, Buffer<float>& cop
   for (int64_t r = n; r < n + 3; ++r) rows[r] = rows[n - 1];
   float* out = into.get(n * n);
   best([&]() FASTCLIP_LAMBDA {
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t c = r; c < n; c += 4) {
-        float found[4];
-        dots(rows[r], {rows[c], rows[c + 1], rows[c + 2], rows[c + 3]}, x.columns, found);
-        for (int64_t q = 0; q < 4 && c + q < n; ++q) out[r * n + c + q] = out[(c + q) * n + r] = found[q];
-      }
+    for (int64_t column = 0; column < x.columns; column += kFewChunk) {
+      const float* part[kFew + 3];
+      for (int64_t r = 0; r < n + 3; ++r) part[r] = rows[r] + column;
+      const int64_t count = std::min(kFewChunk, x.columns - column);
+      for (int64_t r = 0; r < n; r += 4)
+        for (int64_t c = r; c < n; c += 4) {
+          float found[16];
+          const int64_t height = std::min<int64_t>(4, n - r), width = std::min<int64_t>(4, n - c);
+          dots(part + r, part + c, count, false, found);
+          for (int64_t i = 0; i < height; ++i)
+            for (int64_t q = 0; q < width; ++q) {
+              float& to = out[(r + i) * n + c + q];
+              to = column ? to + found[4 * i + q] : found[4 * i + q];
+            }
+        }
+    }
   });
   return out;
 }
@@ -116,12 +126,13 @@ template <class To>
 double weigh(const Tile& tile, const To* left, const To* right) {
   const int64_t m = tile.j - tile.i, n = tile.stop - tile.i;
   return best([&]() FASTCLIP_LAMBDA {
-    double total = 0;
+    double diagonal = 0, above = 0;
     for (int64_t r = 0; r < m; ++r) {
-      const To *x = left + r * n, *y = right + r * n;
-      total += dot(x, y, m) + 2 * dot(x + m, y + m, n - m);
+      const To *x = left + r * n + r, *y = right + r * n + r;
+      diagonal += static_cast<double>(*x) * static_cast<double>(*y);
+      above += dot(x + 1, y + 1, n - r - 1);
     }
-    return total;
+    return diagonal + 2 * above;
   });
 }
 
@@ -136,17 +147,24 @@ double square_slice(const Rows<T>& a, const Rows<T>& g, int64_t start, int64_t s
   const bool along_g = g.columns >= a.columns;
   const Rows<T>&cut = along_g ? g : a, &whole = along_g ? a : g;
   const int64_t m = whole.columns, n = slice.last - slice.first, size = m * n;
-  const int64_t step = std::is_same_v<To, float> ? kSliceRows : stop - start;
+  constexpr bool narrow = std::is_same_v<To, float>;
+  const int64_t step = narrow ? kSliceRows : stop - start;
   To* product = s.product(To{}).get(size);
-  const bool blocks = stop - start > step;
-  double* sums = blocks ? s.left.get(size) : nullptr;
-  if (blocks) std::fill(sums, sums + size, 0.0);
+  const bool groups = narrow && stop - start > kSliceRows * kSliceGroup;
+  double* sums = groups ? s.left.get(size) : nullptr;
+  if (groups) std::fill(sums, sums + size, 0.0);
+  int64_t pending = 0;
   for (int64_t t = start; t < stop; t += step) {
     const View<T> x = view(whole).at(t, 0).transposed(), y = view(cut).at(t, slice.first);
-    gemm<To>(s.of(To{}), m, n, std::min(step, stop - t), x, y, nullptr, false, product, n);
-    if (blocks) best([&]() FASTCLIP_LAMBDA { add_to(sums, product, size); });
+    gemm<To>(s.of(To{}), m, n, std::min(step, stop - t), x, y, nullptr, pending > 0, product, n);
+    if (groups && (++pending == kSliceGroup || t + step >= stop)) {
+      best([&]() FASTCLIP_LAMBDA { add_to(sums, product, size); });
+      pending = 0;
+    } else if (!groups) {
+      pending = 1;
+    }
   }
-  return best([&]() FASTCLIP_LAMBDA { return blocks ? square(sums, size) : square(product, size); });
+  return best([&]() FASTCLIP_LAMBDA { return groups ? square(sums, size) : square(product, size); });
 }
 
 template <class T>
@@ -185,10 +203,12 @@ class Norms {
 
   void run(const std::string& route, double* out) {
     const int64_t units = bounds.size() - 1;
-    const std::vector<double> a_norms = row_norms(a, bounds.back());
+    bool one_by_one = true;
+    for (int64_t u = 0; u < units; ++u) one_by_one &= length(u) == 0 || alone(u);
+    const std::vector<double> a_norms = one_by_one ? std::vector<double>() : row_norms(a, bounds.back());
     for (size_t k = 0; k < g.size(); ++k) {
-      jobs.push_back({row_norms(g[k], bounds.back()), std::vector<double>(units), out + 2 * k * units, out + (2 * k + 1) * units,
-                      std::vector<bool>(units)});
+      jobs.push_back({one_by_one ? std::vector<double>() : row_norms(g[k], bounds.back()), std::vector<double>(units),
+                      out + 2 * k * units, out + (2 * k + 1) * units, std::vector<bool>(units)});
       spread(a_norms, jobs.back());
     }
     std::vector<int64_t> single, gram, direct;
@@ -196,8 +216,8 @@ class Norms {
       const int64_t rows = length(u);
       if (rows == 0) {
         continue;
-      } else if (rows == 1 && !std::is_same_v<T, double>) {
-        single.push_back(u);  // squares of fp64 rows may underflow on the way
+      } else if (alone(u)) {
+        single.push_back(u);
       } else if (route == "direct" || (route == "auto" && rows * (a.columns + columns) > 2 * a.columns * columns)) {
         direct.push_back(u);
       } else {
@@ -211,11 +231,14 @@ class Norms {
 
  private:
   int64_t length(int64_t u) const { return bounds[u + 1] - bounds[u]; }
+  // A unit of one row; squares of fp64 rows may underflow on the way.
+  bool alone(int64_t u) const { return length(u) == 1 && !std::is_same_v<T, double>; }
   Blocks blocks(int64_t u) const { return blocks_for(a.columns, widest, length(u)); }
 
   void spread(const std::vector<double>& a_norms, Job& job) const {
     for (size_t u = 0; u + 1 < bounds.size(); ++u) {
       job.squares[u] = job.spreads[u] = 0;
+      if (alone(u)) continue;
       for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) {
         const double product = a_norms[t] * job.norms[t];
         job.spreads[u] += product;
@@ -230,20 +253,24 @@ class Norms {
   std::vector<Tile> tiles(const std::vector<int64_t>& units) const {
     std::vector<Tile> list;
     for (int64_t u : units) {
-      const int64_t step = length(u) <= 2 * kRows ? kFewRows : kRows;
+      const int64_t step = length(u) <= 2 * kRows && !packed::faster() ? kFewRows : kRows;
       for (int64_t i = bounds[u]; i < bounds[u + 1]; i += step) list.push_back({u, i, std::min(i + step, bounds[u + 1]), bounds[u + 1]});
     }
     return list;
   }
 
-  // |g_t a_t^T| = |a_t||g_t|; what bounds them from above is not close enough.
+  // |g_t a_t^T| = |a_t||g_t|.
   void by_row(const std::vector<int64_t>& units) {
     torch::stable::parallel_for(0, units.size(), 64, [&](int64_t first, int64_t last) {
       best([&]() FASTCLIP_LAMBDA {
         for (int64_t i = first; i < last; ++i) {
           const int64_t t = bounds[units[i]];
-          const double left = square(a.row(t), a.columns);
-          for (size_t k = 0; k < g.size(); ++k) jobs[k].squares[units[i]] = left * square(g[k].row(t), g[k].columns);
+          const double left = square_near<8>(a.row(t), a.columns);
+          for (size_t k = 0; k < g.size(); ++k) {
+            const double both = left * square_near<8>(g[k].row(t), g[k].columns);
+            jobs[k].squares[units[i]] = both;
+            jobs[k].spreads[units[i]] = __builtin_sqrt(both) * (1 + 16 * 0x1p-24);  // not below the exact one
+          }
         }
       });
     });
@@ -258,15 +285,18 @@ class Norms {
       if (!wide && any) narrow.push_back(u);
     }
     const std::vector<Tile> list = tiles(narrow);
+    const int64_t few = capability() == Capability::kAvx512 ? kFew : 16, longest = std::max(a.columns, widest);
+    // A product is kFewChunk / 16 sums in each of 16 lanes, 4 levels above them, and its chunks: no more than blocks allow.
+    const bool chunks_suffice = kFewChunk / 16 + 4 + (longest + kFewChunk - 1) / kFewChunk <= 128 + 16;
     const auto parts = over(list, [&](const Tile& tile, Scratch& s, double* to) {
       const Blocks how = blocks(tile.unit);
       const auto each = [&](const auto* left, const auto& right) {
         for (size_t k = 0; k < g.size(); ++k)
           if (!nothing(jobs[k], tile.unit)) to[k] = weigh(tile, left, right(g[k]));
       };
-      if (tile.i == bounds[tile.unit] && tile.stop - tile.i <= kFew)
+      if (tile.i == bounds[tile.unit] && tile.stop - tile.i <= few && (how.columns >= longest || chunks_suffice))
         each(few_products(a, tile, s.copy, s.tile), [&](const Rows<T>& x) { return few_products(x, tile, s.copy, s.other); });
-      else if (how.columns >= std::max(a.columns, widest))
+      else if (how.columns >= longest)
         each(products<float>(a, tile, s, s.tile), [&](const Rows<T>& x) { return products<float>(x, tile, s, s.other); });
       else
         each(blocked_products(a, tile, how, s, s.left),
@@ -320,7 +350,7 @@ class Norms {
       pass(float{}, false);
       for (int64_t u : units) {
         // |W_u| itself is off by no more than `off`; its square by twice that, and half of it again, of it.
-        const double off = (std::min(kSliceRows, length(u)) + 2) * kRoundoff32 * job.spreads[u];
+        const double off = (std::min(kSliceRows, length(u)) + kSliceGroup + 2) * kRoundoff32 * job.spreads[u];
         job.again[u] = !nothing(job, u) && !enough(job, u, length(u), 2 * off * std::sqrt(job.squares[u]) + off * off);
       }
       pass(double{}, true);
