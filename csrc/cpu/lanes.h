@@ -34,6 +34,7 @@ template <int kDeep, class X>
 FASTCLIP_INLINE double square_near(const X* x, int64_t n) {
   if constexpr (!std::is_same_v<X, double>) {
     constexpr int64_t kLanes = 64, kSegment = kDeep * kLanes;
+    if (n < kLanes) return square(x, n);
     double total = 0;
     for (int64_t start = 0; start < n; start += kSegment) {
       const int64_t end = start + kSegment < n ? start + kSegment : n;
