@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastclip import random, reference
 
@@ -134,17 +135,28 @@ def _check_cpu(name: str, *args: Any) -> None:
 def _check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
     if offsets.dim() != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets must be int32 of shape [U + 1], got {offsets.dtype} {list(offsets.shape)}")
-    shapes = {name: list(x.shape) for name, x in rows.items() if x is not None}
-    if len({shape[0] if shape else None for shape in shapes.values()}) > 1:
+    given = {name: x for name, x in rows.items() if x is not None}
+    if len({x.shape[0] if x.dim() else None for x in given.values()}) > 1:
+        shapes = {name: list(x.shape) for name, x in given.items()}
         raise ValueError(f"all of {', '.join(shapes)} must have the same number of rows, got {shapes}")
-    first = next(x for x in rows.values() if x is not None)
-    if first.device.type != "cpu" or torch.compiler.is_compiling():
+    first = next(iter(given.values()))
+    if first.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_offsets(offsets, first.shape[0])
+
+
+# Offsets that were found good: their version then, and the number of rows. One tensor serves every layer of a backward.
+_good_offsets: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _check_offsets(offsets: Tensor, rows: int) -> None:
+    known = None if offsets.is_inference() else (offsets._version, rows)
+    if known is not None and _good_offsets.get(offsets) == known:
         return
     # Not through a list: thousands of units are common.
-    if offsets[0] != 0 or offsets[-1] != first.shape[0] or bool((offsets.diff() < 0).any()):
-        raise ValueError(
-            f"offsets must rise from 0 to the number of rows, {first.shape[0]}; got {offsets[:8].tolist()}..."
-        )
+    if offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to the number of rows, {rows}; got {offsets[:8].tolist()}...")
+    if known is not None:
+        _good_offsets[offsets] = known
 
 
 def linear_norm(

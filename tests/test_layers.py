@@ -250,3 +250,19 @@ def test_a_unit_of_no_rows_has_norm_zero(op: str) -> None:
     assert norms[1] == 0 and (norms[[0, 2]] != 0).all()
     if "embedding" not in op and op != "tied_cross":
         assert NORMS[op](empty, empty, torch.zeros(3, dtype=torch.int32)).tolist() == [0.0, 0.0]
+
+
+def test_offsets_changed_in_place_are_checked_again() -> None:
+    a, offsets = torch.ones(4, 2), torch.tensor([0, 2, 4], dtype=torch.int32)
+    for _ in range(2):
+        ops.linear_norm(a, a, offsets)
+    for wrong in ([0, 5, 4], [0, 2, 3], [1, 2, 4]):
+        offsets.copy_(torch.tensor(wrong))
+        with pytest.raises(ValueError, match="offsets must rise"):
+            ops.linear_norm(a, a, offsets)
+    offsets.copy_(torch.tensor([0, 2, 4]))
+    ops.linear_norm(a, a, offsets)
+    with pytest.raises(ValueError, match="offsets must rise"):
+        ops.linear_norm(a[:3], a[:3], offsets)
+    with torch.inference_mode():
+        ops.linear_norm(a, a, torch.tensor([0, 2, 4], dtype=torch.int32))
