@@ -4,8 +4,9 @@ Continuous Gaussian noise lies on the grid of the floating-point numbers, which 
 approximations leak little, but no proof speaks of them. Here the clipped sum is rounded to a grid that depends on nothing
 private, and integers are added that are distributed exactly as N_Z(0, sigma^2).
 
-Claim. Let S be the sum of a logical batch as computed, and D the number of trainable elements. Adding or removing one unit
-changes the rounded sum, in L2, by at most
+Claim. Let S be the sum of a logical batch as computed from each unit's rows (a, g), and D the number of trainable elements.
+That these rows have the same bits whatever other units run beside them is assumed (docs/sensitivity.md); given that, adding
+or removing one unit changes the rounded sum, in L2, by at most
 
     sensitivity = C (1 + ROUNDING_SLACK) + grid sqrt(D)
 
@@ -70,7 +71,8 @@ class DiscreteGaussian:
             f"discrete Gaussian of {self.sigma} grid points of {self.grid:.3g} on the clipped sum of {self.num_elements} "
             f"elements: sensitivity {self.sensitivity:.6g} for max_grad_norm {self.max_grad_norm:g}, "
             f"{100 * self.inflation:.3g} % more noise than C alone would ask for; without sampling each release is "
-            f"{1 / (2 * self.noise_multiplier**2):.4g}-zCDP, rounding and summation included"
+            f"{1 / (2 * self.noise_multiplier**2):.4g}-zCDP, rounding and summation of the clipped gradients included, "
+            "given that a unit's own forward and backward do not depend on the units beside it"
         )
 
 

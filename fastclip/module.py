@@ -117,6 +117,7 @@ class Clipper:
         self._live: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._last: Forward | None = None
         self._local = threading.local()
+        self._finishing = threading.Lock()
         self._open_units = 0
 
     @property
@@ -124,14 +125,15 @@ class Clipper:
         """K, into how many groups the clipping rule puts the parameters."""
         return self._num_groups
 
-    def sum_exactly(self, spread_limit: float) -> None:
-        """Clipped sums in fp64, and factors that also keep ``factor sum_t |a_t||g_t|`` within ``spread_limit`` C.
+    def sum_in(self, *, fp64: bool, spread_limit: float) -> None:
+        """How clipped sums are formed from now on: in fp64 whatever the parameters are, or not; and with factors that also
+        keep ``factor sum_t |a_t||g_t|`` within ``spread_limit`` C, for mechanisms that prove what summation may be off by.
 
-        For mechanisms that prove what summation may be off by. Raises RuntimeError while a sum waits.
+        Raises RuntimeError while a sum waits.
         """
         if any(self.sums.pending(p) is not None for p in self.parameters()):
             raise RuntimeError("a clipped sum waits for its release: call zero_grad() first")
-        self.sums.fp64 = True
+        self.sums.fp64 = fp64
         self._spread_limit = spread_limit
 
     @property
@@ -248,6 +250,7 @@ class Clipper:
             raise RuntimeError("clipper.units() is open in another thread: open it in the thread that runs the model")
         self.refresh()
         given: tuple[PrivacyUnits, tuple[str, ...]] | None = getattr(self._local, "units", None)
+        before = [(name, p, p._version) for name, p in self.model.named_parameters()]
         units, laws = self.layouts.find(
             original, args, kwargs, given[0] if given else None, given[1] if given else (), self._layers()
         )
@@ -259,6 +262,12 @@ class Clipper:
             yield
         finally:
             stack.pop()
+        for name, p, version in before:
+            if p._version != version:
+                raise RuntimeError(
+                    f"the model's forward writes into its parameter {name}, which would be published without noise: set it "
+                    "before training, from data that is public"
+                )
 
     def current_forward(self, layer: str) -> Forward:
         """The forward that a layer's call belongs to. Raises RuntimeError where there is none, or no telling which."""
@@ -328,6 +337,10 @@ class Clipper:
     def _finish(self, done: BackwardPass) -> None:
         if not done.entries or not self.attached:
             return
+        with self._finishing:  # what one backward may add depends on what others did
+            self._finish_alone(done)
+
+    def _finish_alone(self, done: BackwardPass) -> None:
         units = done.forwards[0].units
         if not all(f.same_units(done.forwards[0]) for f in done.forwards):
             raise RuntimeError("one backward covers forwards with different units: call backward() once for each")

@@ -115,15 +115,19 @@ class DPOptimizer(Optimizer):
             )
         if existing is not None and (clipping != "flat" or strict is not True):
             raise ValueError("module is attached already: choose clipping and strict in attach(), or detach it first")
+        if existing is not None and any(existing.sums.pending(p) is not None for p in existing.parameters()):
+            raise ValueError(
+                "a clipped sum waits for its release, and a new optimizer cannot know whose it is: step() or zero_grad() first"
+            )
         self.clipper: Clipper = existing or attach(module, max_grad_norm, clipping, loss_reduction, strict)
-        if secure:
-            try:
+        try:
+            if secure:
                 self.mechanism  # noqa: B018  refuses what cannot be claimed
-                self.clipper.sum_exactly(SPREAD)
-            except BaseException:
-                if existing is None:
-                    self.clipper.detach()
-                raise
+            self.clipper.sum_in(fp64=self.secure, spread_limit=SPREAD if secure else math.inf)
+        except BaseException:
+            if existing is None:
+                self.clipper.detach()
+            raise
         self.clipper.owner = self
         self._releasing = False
         optimizer.register_step_pre_hook(self._only_from_here)
@@ -197,7 +201,8 @@ class DPOptimizer(Optimizer):
         """Release the sum of one draw with noise and let the wrapped optimizer use it; noise alone if there is no sum.
 
         closure: evaluated once, before the release. Raises RuntimeError if gradients were changed, were released already,
-        or belong to a draw that was released already; nothing has changed then and no noise was drawn.
+        or belong to a draw that was released already; nothing has changed then and no noise was drawn. What else is raised
+        here (an interrupt, memory that runs out) may come after some parameters moved: the draw then counts as released.
         """
         if getattr(self, "grad_scale", None) is not None:
             raise RuntimeError(
@@ -210,6 +215,8 @@ class DPOptimizer(Optimizer):
         self._check_release()
         for hook in self._release_hooks:
             hook(self)
+        if self._release_hooks:
+            self._check_release()
         update = None if self.secure else fused.update_of(self.original_optimizer)
         try:
             self._add_noise(update)
@@ -306,6 +313,11 @@ class DPOptimizer(Optimizer):
 
     def accept(self, units: PrivacyUnits) -> None:
         """Called by the clipper before a backward's sum is added. Raises RuntimeError if it must not be."""
+        if self._clipped_to not in (None, self.max_grad_norm):
+            raise RuntimeError(
+                f"the sum so far was clipped to {self._clipped_to}, but max_grad_norm is {self.max_grad_norm} now: C is one "
+                "number within a logical batch; change it after step() and zero_grad()"
+            )
         if self.sampler is not None:
             draw = self.sampler.current_draw
             if draw is None or draw in self._released:

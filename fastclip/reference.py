@@ -19,6 +19,7 @@ NORM_SLACK = 2.0**-8
 CANCELLING = 4
 _CHUNK_BYTES = 64 << 20
 _GRAM_BLOCK = 128  # rows
+LARGEST_ROW, LARGEST_ROW_FP64 = 2.0**100, 2.0**400
 _SMALLEST_FP32_ROW = 1e-15  # products of rows below it may lose themselves to underflow
 
 
@@ -44,10 +45,12 @@ def linear_norm_parts(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto"
     Algorithms, 2nd ed., section 3.1, and Cauchy-Schwarz). A unit for which R is not small beside the result, or whose rows
     cancel at all, is done again in fp64, where the same bound is 1e-9 of that and is added. Rows that do not cancel have
     ``(sum_t |a_t||g_t|)^2`` of about L times the squared norm, so that longer units get smaller blocks. The direct route
-    runs in fp64 here and sums squares.
+    runs in fp64 here and sums squares. A unit with a row whose norm is beyond LARGEST_ROW gets inf, and so no part in the sum:
+    beside it, what underflows in another factor would matter.
     """
     out = g.new_zeros(2, offsets.numel() - 1, dtype=torch.float64)
     d, p = a.shape[1], g.shape[1]
+    largest = LARGEST_ROW_FP64 if torch.float64 in (a.dtype, g.dtype) else LARGEST_ROW
     for units, length, first in _equal_lengths(offsets):
         gram = route == "gram" or (route == "auto" and length * (d + p) <= 2 * d * p)
         step = max(1, _CHUNK_BYTES // (8 * length * (d + p)))
@@ -55,9 +58,12 @@ def linear_norm_parts(a: Tensor, g: Tensor, offsets: Tensor, route: str = "auto"
             n = min(step, len(units) - i)
             rows = slice(first + i * length, first + (i + n) * length)
             a_u, g_u = a[rows].view(n, length, d), g[rows].view(n, length, p)
-            products = _row_norms(a_u) * _row_norms(g_u)
+            a_norms, g_norms = _row_norms(a_u), _row_norms(g_u)
+            products = a_norms * g_norms
             here = slice(units[i], units[i] + n)
-            out[0, here] = _gram(a_u, g_u, products) if gram else _direct(a_u, g_u)
+            square = _gram(a_u, g_u, products) if gram else _direct(a_u, g_u, products)
+            too_large = ((a_norms > largest) | (g_norms > largest)).any(1)
+            out[0, here] = square.masked_fill(too_large, torch.inf)
             out[1, here] = products.sum(1)
     return out
 
@@ -149,21 +155,22 @@ def _gram_fp64(a: Tensor, g: Tensor, spread: Tensor) -> Tensor:
 
 
 def _row_norms(x: Tensor) -> Tensor:
-    """fp64 norms over the last dimension, by fp32 sums for narrower x and then 1 % up, above their rounding."""
-    if x.dtype == torch.float64:
-        return torch.linalg.vector_norm(x, dim=-1)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).double().mul_(1.01)
+    """fp64 norms over the last dimension, never below the exact ones: small rows may have large partners."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).mul_(1 + 1e-9)
 
 
-def _direct(a: Tensor, g: Tensor) -> Tensor:
-    """[n] from a ``[n, L, d]``, g ``[n, L, p]``: ``W_u`` in slices of p, squared and dropped; in fp64."""
+def _direct(a: Tensor, g: Tensor, products: Tensor) -> Tensor:
+    """[n] from a ``[n, L, d]``, g ``[n, L, p]``: ``W_u`` in slices of p, squared and dropped; in fp64.
+
+    products: fp64 ``[n, L]``. What W_u itself may be off by, ``(L + 2) 2^-53 sum_t |a_t||g_t|``, is added to its norm.
+    """
     a, g = a.double(), g.double()
-    n, _, d = a.shape
+    n, length, d = a.shape
     total = a.new_zeros(n)
     step = max(1, _CHUNK_BYTES // (8 * d * n))
     for i in range(0, g.shape[2], step):
         total += torch.bmm(g[:, :, i : i + step].mT, a).square_().sum((1, 2))
-    return total
+    return (total.sqrt() + (length + 2) * UNIT_ROUNDOFF_FP64 * products.sum(1)).square_()
 
 
 def row_norm_products(a: Tensor, g: Tensor, offsets: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 fp32 (or fp64) sums live in ``p.grad`` itself; for a narrower parameter they are kept beside it in fp32 and ``p.grad``
 shows them rounded, because clipped sums accumulate in fp32 whatever the parameter's dtype. With ``fp64`` all are kept so.
 
-Guarantee: between a backward and the release nobody else changes the sums unnoticed (identity and version counter of
-``p.grad`` are remembered), and sums are not added to gradients that were released already.
+Guarantee: between a backward and the release nobody else changes the sums unnoticed (identity, memory and version counter of
+``p.grad`` are remembered, and on CPU a sample of its values, for edits through ``.data`` and numpy, which no counter sees), and
+sums are not added to gradients that were released already. An edit through ``.data`` that spares the sample goes unseen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from fastclip.reference import accumulation_dtype
 class _Record:
     grad: Tensor  # what p.grad was when we last wrote it
     version: int
+    address: int
+    sample: Tensor | None
     wide: Tensor | None  # the sum of a narrower parameter; None where p.grad is the sum
     released: bool
 
@@ -50,6 +53,8 @@ class GradientSums:
         record = self._records.get(p)
         if record is None or p.grad is not record.grad or p.grad._version != record.version:
             return None
+        if p.grad.data_ptr() != record.address or not _same(record.sample, _sample(p.grad)):
+            return None
         return record
 
     def pending(self, p: Tensor) -> Tensor | None:
@@ -71,7 +76,8 @@ class GradientSums:
         """Let ``p.grad`` be ``total`` (in p's dtype) and remember it."""
         wide = None if total.dtype == p.dtype else total
         p.grad = total if wide is None else total.to(p.dtype)
-        self._records[p] = _Record(p.grad, p.grad._version, None if released else wide, released)
+        wide = None if released else wide
+        self._records[p] = _Record(p.grad, p.grad._version, p.grad.data_ptr(), _sample(p.grad), wide, released)
         if released:
             self.terms = 0
 
@@ -79,3 +85,18 @@ class GradientSums:
         """Forget everything; whoever calls this clears the gradients."""
         self._records.clear()
         self.terms = 0
+
+
+def _sample(grad: Tensor) -> Tensor | None:
+    """Up to 64 values from all over; None on a GPU, where comparing them would wait for it."""
+    if grad.device.type != "cpu":
+        return None
+    flat = grad.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // 64))].clone()
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    # By bits, so that NaN equals NaN.
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))

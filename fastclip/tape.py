@@ -200,16 +200,16 @@ def measures(slots: dict[Slot, list[Entry]]) -> Iterator[tuple[Slot, Measure]]:
             at = (only.a.data_ptr(), only.a.shape, only.a.stride(), only.a.dtype, only.a.device)
             readers.setdefault((at, only.segments.offsets.data_ptr()), []).append(slot)
         else:
-            yield slot, measure(entries)
+            yield slot, measure(entries, slot[0].dtype)
     for together in readers.values():
         heads = [entry for slot in together for entry in slots[slot] if isinstance(entry, LinearRows)]
         parts = ops.linear_norms(heads[0].a, [head.g for head in heads], heads[0].segments.offsets)
         for slot, head, part in zip(together, heads, parts, strict=True):
-            yield slot, Measure(part[0], _rounding(part[1], head.g.dtype, head.segments), part[1])
+            yield slot, Measure(part[0], _rounding(part[1], slot[0].dtype, head.segments), part[1])
 
 
-def measure(entries: Sequence[Entry]) -> Measure:
-    """Of the entries of one slot of ``separate``."""
+def measure(entries: Sequence[Entry], dtype: torch.dtype) -> Measure:
+    """Of the entries of one slot of ``separate``. dtype: the parameter's, whose sum is formed accordingly."""
     linear = [e for e in entries if isinstance(e, LinearRows)]
     embedding = [e for e in entries if isinstance(e, EmbeddingRows)]
     if isinstance(entries[0], PerUnit):
@@ -218,12 +218,12 @@ def measure(entries: Sequence[Entry]) -> Measure:
     if not embedding:
         head = _merge_linear(linear)
         parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
-        return Measure(parts[0], _rounding(parts[1], head.g.dtype, head.segments), parts[1])
+        return Measure(parts[0], _rounding(parts[1], dtype, head.segments), parts[1])
     tail = _merge_embedding(embedding)
     square = ops.embedding_norm(tail.ids, tail.g, tail.segments.offsets, tail.padding_idx)
     ones = tail.g.new_ones(tail.g.shape[0], 1)
     spread = ops.row_norm_products(ones, tail.g, tail.segments.offsets)
-    bound = _rounding(spread, tail.g.dtype, tail.segments)
+    bound = _rounding(spread, dtype, tail.segments)
     if not linear:
         return Measure(square, bound, spread)
     head = _merge_linear(linear)
@@ -232,8 +232,8 @@ def measure(entries: Sequence[Entry]) -> Measure:
     )
     parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
     return Measure(
-        _tied_square(head, parts, square + cross, square),
-        bound + _rounding(parts[1], head.g.dtype, head.segments),
+        _tied_square(head, parts, square + cross, square) + _tied_error(head, tail, spread + parts[1]),
+        bound + _rounding(parts[1], dtype, head.segments),
         spread + parts[1],
     )
 
@@ -258,6 +258,13 @@ def _tied_square(head: LinearRows, parts: Tensor, others: Tensor, embedding: Ten
             whole = offsets.new_tensor([0, bounds[u + 1] - bounds[u]])
             square[u] = ops.linear_norm(head.a[rows].double(), head.g[rows].double(), whole)[0]
     return (square + others).clamp_min(0) + 1e-12 * (square + embedding)
+
+
+def _tied_error(head: LinearRows, tail: EmbeddingRows, spread: Tensor) -> Tensor:
+    """fp64 ``[U]``: what fp64 sums over pairs of rows may be off by where head and embedding cancel (Higham, section 3.1)."""
+    d, vocabulary = head.a.shape[1], head.g.shape[1]
+    rows = head.segments.offsets.diff() + tail.segments.offsets.diff()
+    return 4 * (d + vocabulary + 2 * rows + 4).double() * UNIT_ROUNDOFF_FP64 * spread.square()
 
 
 def _rounding(products: Tensor, dtype: torch.dtype, segments: Segments) -> Tensor:
@@ -285,7 +292,7 @@ def clip(found: Measure, scale: Tensor, rule: ClippingRule, spread_limit: float)
     bounds = found.bound * scale
     guarded = torch.where(bounds > SUM_SLACK * norms, norms + bounds, norms)
     guarded = torch.maximum(guarded, found.spread * scale / spread_limit)
-    factors = rule.factors(guarded)
+    factors = rule.factors(guarded.clone())  # a rule may write into what it is given
     # No rule gets beyond its own bound, and no factor is so small that fp32 would lose its digits.
     clipped = (factors * guarded).square().sum(0).sqrt()  # [U]
     factors = factors * (rule.max_grad_norm / clipped).clamp(max=1.0) * scale

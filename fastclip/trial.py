@@ -128,7 +128,7 @@ class Probe:
             ) from error
         finally:
             self._keep = None
-        self._left = {name: b.clone() for name, b in self._model.named_buffers() if b.is_floating_point()}
+        self._left = {name: b.clone() for name, b in self._model.named_buffers()}
         return _output_leaves(out, set())
 
     def _restore(self) -> None:

@@ -377,7 +377,9 @@ def test_only_the_wrapper_may_step():
     backward(model)
     with pytest.raises(RuntimeError, match="without noise"):
         base.step()
+    optimizer.zero_grad()
     newer = wrap(model, noise_multiplier=1.0)
+    backward(model)
     with pytest.raises(RuntimeError, match="another DPOptimizer"):
         optimizer.step()
     newer.step()

@@ -283,3 +283,37 @@ def test_packed_segments_that_see_each_other_are_refused():
     clipper = fastclip.attach(model, 1.0)
     with pytest.raises(ValueError, match="not independent"), clipper.units(offsets=[0, 2, 5]):
         model(torch.randn(5, 3))
+
+
+class Remembers(nn.Module):
+    """Writes what it sees into its own state, which is published with the model."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer, self.forwards = kind, nn.Linear(4, 2), 0
+        self.shift = nn.Parameter(torch.zeros(4))
+        self.store = nn.ParameterList([nn.Parameter(torch.zeros(4), requires_grad=False)])
+        self.register_buffer("counts", torch.zeros(4, dtype=torch.int64))
+
+    def forward(self, x):
+        self.forwards += 1
+        with torch.no_grad():
+            if self.kind == "first batch" and self.forwards == 1:
+                self.shift.copy_(-x.mean(0))
+            if self.kind == "frozen average":
+                self.store[0].mul_(0.9).add_(0.1 * x.mean(0))
+            if self.kind == "late" and self.forwards > 30:
+                self.layer.bias.copy_(x.mean(0)[:2])
+            if self.kind == "counts":
+                self.counts += torch.bincount(x.argmax(1), minlength=4)
+        return self.layer(x + self.shift)
+
+
+@pytest.mark.parametrize("kind", ["first batch", "frozen average", "late", "counts"])
+def test_models_that_write_data_into_their_state_are_refused(kind):
+    model = Remembers(kind)
+    fastclip.attach(model, max_grad_norm=1.0)
+    with pytest.raises((RuntimeError, ValueError), match=r"published without noise"):
+        for _ in range(40):
+            model(torch.randn(4, 4) + 5).sum().backward()
+            model.zero_grad()

@@ -13,6 +13,9 @@ namespace fastclip {
 namespace {
 
 constexpr double kRoundoff64 = 0x1p-53, kSmallestRow = 1e-15, kCancelling = 4;
+// Beside larger rows, what underflows in another factor would matter: such a unit gets inf, and so no part in the sum.
+template <class T>
+constexpr double kLargestRow = std::is_same_v<T, double> ? 0x1p400 : 0x1p100;
 
 template <class T>
 std::vector<double> row_norms(const Rows<T>& x, int64_t rows) {
@@ -30,7 +33,7 @@ std::vector<double> row_norms(const Rows<T>& x, int64_t rows) {
 struct Job {
   std::vector<double> norms, lost;  // [N], and what tiny rows may lose, [U]
   double *squares, *spreads;        // [U]
-  std::vector<bool> again;          // [U], in fp64
+  std::vector<bool> again, large;   // [U]: in fp64, and with a row beyond kLargestRow
 };
 
 // Whether fp32 has done: `error` bounds what the square is off by. Rows that do not cancel have spread^2 of at most `length`
@@ -55,7 +58,7 @@ class Norms {
     const std::vector<double> a_norms = one_by_one ? std::vector<double>() : row_norms(a, bounds.back());
     for (size_t k = 0; k < g.size(); ++k) {
       jobs.push_back({one_by_one ? std::vector<double>() : row_norms(g[k], bounds.back()), std::vector<double>(units),
-                      out + 2 * k * units, out + (2 * k + 1) * units, std::vector<bool>(units)});
+                      out + 2 * k * units, out + (2 * k + 1) * units, std::vector<bool>(units), std::vector<bool>(units)});
       spread(a_norms, jobs.back());
     }
     std::vector<int64_t> single, gram, direct;
@@ -74,6 +77,9 @@ class Norms {
     by_row(single);
     by_gram(gram);
     by_slices(direct);
+    for (Job& job : jobs)
+      for (int64_t u = 0; u < units; ++u)
+        if (job.large[u]) job.squares[u] = HUGE_VAL;
   }
 
  private:
@@ -90,6 +96,7 @@ class Norms {
         const double product = a_norms[t] * job.norms[t];
         job.spreads[u] += product;
         if (a_norms[t] < kSmallestRow || job.norms[t] < kSmallestRow) job.lost[u] += product;
+        if (a_norms[t] > kLargestRow<T> || job.norms[t] > kLargestRow<T>) job.large[u] = true;
       }
     }
   }
@@ -114,8 +121,9 @@ class Norms {
           const int64_t t = bounds[units[i]];
           const double left = square_near<8>(a.row(t), a.columns);
           for (size_t k = 0; k < g.size(); ++k) {
-            const double both = left * square_near<8>(g[k].row(t), g[k].columns);
-            jobs[k].squares[units[i]] = both;
+            const double right = square_near<8>(g[k].row(t), g[k].columns), both = left * right;
+            constexpr double largest = kLargestRow<T> * kLargestRow<T>;
+            jobs[k].squares[units[i]] = left > largest || right > largest ? HUGE_VAL : both;
             jobs[k].spreads[units[i]] = __builtin_sqrt(both) * (1 + 16 * 0x1p-24);  // not below the exact one
           }
         }
@@ -190,8 +198,14 @@ class Norms {
         });
         add(list, parts);
       };
+      // What fp64 may leave W_u off by is added to its norm.
+      const auto add_error = [&](int64_t u) {
+        const double off = (length(u) + 2) * kRoundoff64 * job.spreads[u], norm = std::sqrt(job.squares[u]) + off;
+        job.squares[u] = norm * norm;
+      };
       if (std::is_same_v<T, double>) {
         pass(double{}, false);
+        for (int64_t u : units) add_error(u);
         continue;
       }
       pass(float{}, false);
@@ -201,6 +215,8 @@ class Norms {
         job.again[u] = !nothing(job, u) && !enough(job, u, length(u), 2 * off * std::sqrt(job.squares[u]) + off * off);
       }
       pass(double{}, true);
+      for (int64_t u : units)
+        if (job.again[u]) add_error(u);
     }
   }
 
