@@ -23,7 +23,7 @@ import dp_accounting
 from scipy import optimize
 from step import machine
 
-from fastclip.accounting import StepEvent, get_epsilon, get_noise_multiplier, pld
+from fastclip.accounting import StepEvent, finite_sample, get_epsilon, get_noise_multiplier, moments, pld
 from fastclip.accounting import edgeworth as estimates
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +61,7 @@ def judged(task: str, delta: float, ew: float, prv: float, rdp: float) -> dict[s
     rate, steps = 2000 / SIZES[task], 20 * (SIZES[task] // 2000)
     first = estimates.edgeworth([StepEvent(ew, rate, steps)], delta, 1, interval=True)
     second = estimates.edgeworth([StepEvent(ew, rate, steps)], delta, 2)
-    sums = estimates._pairs([StepEvent(ew, rate, steps)], 1)[0]
+    sums = moments.pairs_of([StepEvent(ew, rate, steps)], 1)[0]
     needed = get_noise_multiplier(TARGET, delta, rate, steps)
     verified = estimates.calibrate_verified(TARGET, delta, rate, steps)
     return {
@@ -75,7 +75,7 @@ def judged(task: str, delta: float, ew: float, prv: float, rdp: float) -> dict[s
         "second_order": second.epsilon,
         "kurtosis": first.kurtosis,
         "interval": [first.lower, None if first.vacuous else first.upper],
-        "expansion_error": [estimates._error(law, equal=True) for law in sums],
+        "expansion_error": [finite_sample.law_error(law, equal=True) for law in sums],
         "pld_epsilon": {
             "ew": get_epsilon(ew, rate, steps, delta),
             "prv": get_epsilon(prv, rate, steps, delta),
@@ -137,7 +137,7 @@ def times(rounds: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _, case in itertools.product(range(rounds), cases):
         for name, run in runs.items():
-            estimates._laws.cache_clear()
+            moments._laws.cache_clear()
             pld._one_step.cache_clear()
             started = time.perf_counter()
             run(*case)

@@ -7,9 +7,6 @@ standard error when an argument or a file is wrong.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fastclip.accounting import get_epsilon, get_noise_multiplier
+from fastclip.accounting_commands import account, calibrate
+from fastclip.command_line import Json, answer, complaints
+from fastclip.plan_command import plan
 
 if TYPE_CHECKING:
     from fastclip.finetune import Recipe
@@ -30,15 +29,6 @@ app = typer.Typer(
     help="Differentially private fine-tuning of language models.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Delta = Annotated[float, typer.Option(help="Delta of the guarantee.")]
-SampleRate = Annotated[float, typer.Option(help="Probability with which a unit enters a draw.")]
-Steps = Annotated[int, typer.Option(help="Optimizer steps, each one release.")]
-Accountant = Annotated[str, typer.Option(help="pld, rdp, prv, gdp or edgeworth.")]
-PerUser = Annotated[
-    int | None,
-    typer.Option(help="User-level figures under example-level sampling, for at most so many examples a user."),
-]
 Preset = Annotated[
     str | None, typer.Option(help="movies (the default) or mail; without --preset, --model and --data are your own.")
 ]
@@ -62,48 +52,9 @@ def main() -> None:
     app()
 
 
-@app.command()
-def account(
-    noise_multiplier: Annotated[
-        float, typer.Option(help="Sigma: the noise's standard deviation over the clipping norm.")
-    ],
-    sample_rate: SampleRate,
-    steps: Steps,
-    delta: Delta,
-    accountant: Accountant = "pld",
-    examples_per_user: PerUser = None,
-    as_json: Json = False,
-) -> None:
-    """The epsilon that a run spends."""
-    with complaints():
-        epsilon = get_epsilon(noise_multiplier, sample_rate, steps, delta, accountant, examples_per_user)
-    settings = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "steps": steps, "delta": delta}
-    answer(
-        as_json,
-        {"epsilon": epsilon, **settings, "accountant": accountant, "examples_per_user": examples_per_user},
-        f"epsilon {epsilon:.4f}",
-    )
-
-
-@app.command()
-def calibrate(
-    epsilon: Annotated[float, typer.Option(help="Epsilon that the run may spend.")],
-    delta: Delta,
-    sample_rate: SampleRate,
-    steps: Steps,
-    accountant: Accountant = "pld",
-    examples_per_user: PerUser = None,
-    as_json: Json = False,
-) -> None:
-    """The noise multiplier that keeps a run within an epsilon."""
-    with complaints():
-        sigma = get_noise_multiplier(epsilon, delta, sample_rate, steps, accountant, examples_per_user)
-    settings = {"epsilon": epsilon, "delta": delta, "sample_rate": sample_rate, "steps": steps}
-    answer(
-        as_json,
-        {"noise_multiplier": sigma, **settings, "accountant": accountant, "examples_per_user": examples_per_user},
-        f"noise multiplier {sigma:.4f}",
-    )
+app.command()(account)
+app.command()(calibrate)
+app.command()(plan)
 
 
 @app.command()
@@ -210,17 +161,3 @@ def refuse_with_resume(*options: Any) -> None:
         raise ValueError(
             "--resume goes on with the settings of the interrupted run: give only --compare and --json beside it"
         )
-
-
-def answer(as_json: bool, values: dict[str, Any], text: str) -> None:
-    print(json.dumps(values) if as_json else text)
-
-
-@contextmanager
-def complaints() -> Iterator[None]:
-    """Turns a ValueError into one line on standard error and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"fastclip: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error

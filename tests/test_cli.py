@@ -77,10 +77,9 @@ def test_bad_input_is_one_line_with_the_remedy(arguments, words):
 
 
 def test_every_command_has_help():
-    assert {
-        command for command in ("finetune", "account", "calibrate", "check") if command in fastclip("--help").stdout
-    }
-    for command in ("finetune", "account", "calibrate", "check"):
+    commands = ("finetune", "account", "calibrate", "check", "plan")
+    assert all(command in fastclip("--help").stdout for command in commands)
+    for command in commands:
         assert "--json" in fastclip(command, "--help").stdout
 
 

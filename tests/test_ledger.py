@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from fastclip.accounting import (
+    AccountingWarning,
     BudgetExhausted,
     Guarantee,
     Ledger,
@@ -18,6 +19,7 @@ from fastclip.accounting import (
     affordable_steps,
     epsilon_of,
     guarantee_of,
+    shuffle_lower_bound,
 )
 from fastclip.accounting import ledger as ledger_module
 from fastclip.accounting.guarantee import rounded_up
@@ -61,7 +63,7 @@ def test_steps_are_numbered_kept_and_accounted(path):
 def test_file_is_one_readable_line_a_step(path):
     filled(path, steps=2, epsilon_budget=5.0, examples_per_user=4)
     header, *steps = [json.loads(line) for line in path.read_text().splitlines()]
-    assert header == {"fastclip_ledger": 1} | TERMS | {"epsilon_budget": 5.0, "examples_per_user": 4}
+    assert header == {"fastclip_ledger": 2} | TERMS | {"epsilon_budget": 5.0, "examples_per_user": 4}
     assert steps == [{"step": n, "noise_multiplier": 1.1, "sample_rate": 0.02} for n in (1, 2)]
 
 
@@ -191,8 +193,8 @@ def test_damage_in_the_middle_is_refused(path, damage):
 
 def test_newer_format_is_refused(path):
     filled(path)
-    path.write_text(path.read_text().replace('"fastclip_ledger": 1', '"fastclip_ledger": 2'))
-    with pytest.raises(ValueError, match="format 2"):
+    path.write_text(path.read_text().replace('"fastclip_ledger": 2', '"fastclip_ledger": 3'))
+    with pytest.raises(ValueError, match="format 3"):
         Ledger.open(path)
 
 
@@ -261,6 +263,7 @@ def test_killed_process_leaves_its_reserved_steps(path):
     [
         ({"unit": " "}, "unit=' '"),
         ({"adjacency": "replace"}, "adjacency='replace'"),
+        ({"adjacency": "replace-one", "examples_per_user": 2}, "adjacency='replace-one'"),
         ({"sampler": "shuffle"}, "sampler='shuffle'"),
         ({"num_units": 0}, "num_units=0"),
         ({"delta": 0}, "delta=0"),
@@ -365,13 +368,39 @@ def test_constants_from_the_data_make_the_number_of_units_public():
 
 
 def test_other_sampling_voids():
-    stated = guarantee_of([StepEvent(1.0, 0.01, 10)], 1e-5, sampler="shuffle")
-    assert stated.voided and "'shuffle'" in str(stated)
+    stated = guarantee_of([StepEvent(1.0, 0.01, 10)], 1e-5, sampler="cyclic")
+    assert stated.voided and "'cyclic'" in str(stated)
+
+
+def test_shuffled_batches_are_accounted_as_poisson_only_when_asked_for():
+    steps = [StepEvent(0.8, 1 / 66, 66)]
+    with pytest.raises(ValueError, match="give as_poisson=True"):
+        guarantee_of(steps, 7.42e-6, sampler="shuffled")
+    stated = guarantee_of(steps, 7.42e-6, sampler="shuffled", as_poisson=True)
+    assert stated.voided and stated.epsilon == pytest.approx(1.97, abs=0.01)
+    assert stated.epsilon_at_least == shuffle_lower_bound(0.8, 66, 7.42e-6) == pytest.approx(5.73, abs=0.01)
+    assert "cost epsilon 5.731 or more" in str(stated) and "No privacy guarantee" in str(stated)
+    assert stated.to_dict()["epsilon_at_least"] == stated.epsilon_at_least
+    # A first epoch that is cut short, or in which the noise changes, has no such bound.
+    for steps in ([StepEvent(0.8, 1 / 66, 65)], [StepEvent(0.8, 1 / 66, 30), StepEvent(0.9, 1 / 66, 60)], []):
+        assert guarantee_of(steps, 7.42e-6, sampler="shuffled", as_poisson=True).epsilon_at_least is None
+    endless = guarantee_of([StepEvent(0.0, 0.5, 2)], 1e-5, sampler="shuffled", as_poisson=True).to_dict()
+    assert endless["epsilon_at_least"] == "inf"
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "group"])
+def test_every_accountant_can_be_stated(accountant):
+    users = 3 if accountant != "prv" else None
+    stated = guarantee_of([StepEvent(2.0, 0.01, 20)], 1e-5, unit="user", accountant=accountant, examples_per_user=users)
+    assert stated.epsilon == epsilon_of([StepEvent(2.0, 0.01, 20)], 1e-5, accountant, users)
+    assert (stated.accountant, stated.examples_per_user, stated.rigorous) == (accountant, users, True)
+    assert stated.accountant_version in str(stated)
 
 
 def test_large_delta_is_remarked_upon():
     assert "outright" not in str(guarantee_of([], 1e-5, num_units=99_999))
-    assert any("1 / 100000" in caveat for caveat in guarantee_of([], 1e-5, num_units=100_000).caveats)
+    with pytest.warns(AccountingWarning, match="1 / 100000"):
+        assert any("1 / 100000" in caveat for caveat in guarantee_of([], 1e-5, num_units=100_000).caveats)
 
 
 def test_no_noise_is_said_to_be_not_private():
@@ -387,3 +416,73 @@ def test_no_noise_is_said_to_be_not_private():
 def test_epsilon_is_never_shown_smaller_than_it_is(epsilon, text):
     assert rounded_up(epsilon) == text
     assert float(text) >= epsilon
+
+
+CUT = {"max_batch": 30, "num_units": 1000}
+
+
+def test_cut_draws_and_replaced_units_are_kept_and_accounted(path):
+    with create(path, adjacency="replace-one", epsilon_budget=2.0) as ledger:
+        assert ledger.reserve(1.5, 0.02) == 1
+        # The ledger knows how many units there are.
+        assert ledger.reserve(1.5, 0.02, max_batch=30) == 2
+        assert ledger.reserve(1.5, 0.02, **CUT) == 3
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0]["adjacency"] == "replace-one"
+    assert lines[1] == {"step": 1, "noise_multiplier": 1.5, "sample_rate": 0.02}
+    assert lines[2] == {"step": 2, "noise_multiplier": 1.5, "sample_rate": 0.02} | CUT
+    steps = [StepEvent(1.5, 0.02), StepEvent(1.5, 0.02, 2, **CUT)]
+    with Ledger.open(path) as ledger:
+        assert ledger.events() == steps
+        assert ledger.epsilon() == epsilon_of(steps, 1e-5, adjacency="replace-one") > epsilon_of(steps[:1], 1e-5)
+        stated = ledger.guarantee()
+        assert (stated.adjacency, stated.epsilon) == ("replace-one", ledger.epsilon())
+        assert stated.max_batch is None and stated.sampler == "truncated poisson"
+        taken = 3
+        with pytest.raises(BudgetExhausted):
+            while True:
+                taken = ledger.reserve(1.5, 0.02, **CUT)
+        more = affordable_steps(2.0, 1e-5, 1.5, 0.02, steps, adjacency="replace-one", **CUT)
+        assert taken == 3 + more and more > 0
+
+
+def test_torn_cut_draw_is_repeated_as_one(path):
+    with create(path, adjacency="zero-out") as ledger:
+        ledger.reserve(1.5, 0.02, **CUT)
+        ledger.reserve(1.5, 0.02, **CUT)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert Ledger.open(path).events() == [StepEvent(1.5, 0.02, 2, **CUT)]
+
+
+def test_what_can_never_be_accounted_is_not_reserved(path):
+    with create(path) as ledger:
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match="choose adjacency='zero-out'"):
+            ledger.reserve(1.5, 0.02, **CUT)
+        assert path.read_bytes() == before and ledger.steps == 0
+
+
+def test_users_name_the_number_of_examples_that_are_drawn_from(path):
+    with create(path, adjacency="zero-out", unit="user", examples_per_user=2, num_units=500) as ledger:
+        with pytest.raises(ValueError, match="belong together"):
+            ledger.reserve(1.5, 0.02, max_batch=70)
+        ledger.reserve(1.5, 0.02, max_batch=70, num_units=1000)
+        assert ledger.events() == [StepEvent(1.5, 0.02, 1, 70, 1000)]
+        assert ledger.epsilon() == epsilon_of(ledger.events(), 1e-5, "pld", 2, "zero-out")
+
+
+def test_ledgers_of_format_1_still_open_and_go_on(path):
+    whole = filled(path, adjacency="zero-out").replace(b'"fastclip_ledger": 2', b'"fastclip_ledger": 1')
+    path.write_bytes(whole)
+    with Ledger.open(path) as ledger:
+        assert ledger.events() == [StepEvent(1.1, 0.02, 3)]
+        with pytest.raises(ValueError, match="format 1"):
+            ledger.reserve(1.1, 0.02, **CUT)
+        assert ledger.reserve(1.1, 0.02) == 4
+    assert path.read_bytes().startswith(whole)
+    assert Ledger.open(path).steps == 4
+
+
+def test_large_delta_is_warned_of_at_the_start(path):
+    with pytest.warns(AccountingWarning, match="not below 1 / 1000"):
+        create(path, delta=1e-3).close()

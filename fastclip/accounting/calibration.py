@@ -6,11 +6,18 @@ to their accuracy; the final check is what counts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scipy import optimize
 
-from fastclip.accounting.accountants import StepEvent, check_count, check_delta, check_number, epsilon_of, get_epsilon
+from fastclip.accounting.accountants import (
+    StepEvent,
+    check_count,
+    check_delta,
+    check_number,
+    evaluate,
+    warn_of,
+)
 
 _DIGITS = 5
 _LARGEST_NOISE = 2.0**40
@@ -24,42 +31,61 @@ def get_noise_multiplier(
     steps: int,
     accountant: str = "pld",
     examples_per_user: int | None = None,
+    adjacency: str = "add/remove",
+    *,
+    max_batch: int | None = None,
+    num_units: int | None = None,
+    tried: Callable[[float, float], None] | None = None,
 ) -> float:
     """The smallest noise multiplier, rounded up to five significant digits, whose epsilon is at most the target.
 
-    `get_epsilon(returned, sample_rate, steps, target_delta, accountant, examples_per_user) <= target_epsilon` holds.
+    `get_epsilon(returned, sample_rate, steps, target_delta, ...) <= target_epsilon` holds, with the same further
+    arguments.
 
-    target_epsilon: > 0. target_delta: in (0, 1). steps: >= 1. Raises ValueError for bad input, and when no noise is
-    enough.
+    target_epsilon: > 0. target_delta: in (0, 1). steps: >= 1. max_batch, num_units: as in `StepEvent`. tried: called
+    with every noise multiplier that is tried and its epsilon, some ten to twenty of them, to show progress.
+
+    Warns as `epsilon_of` does. Raises ValueError for bad input, and when no noise is enough.
     """
     check_epsilon("target_epsilon", target_epsilon)
     check_delta("target_delta", target_delta)
     check_count("steps", steps, least=1)
 
-    def epsilon(noise: float) -> float:
-        return get_epsilon(noise, sample_rate, steps, target_delta, accountant, examples_per_user)
+    def event(noise: float) -> StepEvent:
+        return StepEvent(noise, sample_rate, steps, max_batch, num_units)
 
+    def epsilon(noise: float) -> float:
+        found = evaluate([event(noise)], target_delta, accountant, examples_per_user, adjacency)
+        if tried is not None:
+            tried(noise, found)
+        return found
+
+    noise = _least_noise(epsilon, target_epsilon, f"target_delta={target_delta!r} after steps={steps!r}")
+    warn_of(accountant, [event(noise)], target_delta, examples_per_user)
+    return noise
+
+
+def _least_noise(epsilon: Callable[[float], float], target: float, setting: str) -> float:
     high = 1.0
-    while epsilon(high) > target_epsilon:
+    while epsilon(high) > target:
         high *= 2
         if high > _LARGEST_NOISE:
             raise ValueError(
-                f"target_epsilon={target_epsilon!r} is out of reach at target_delta={target_delta!r} after "
-                f"steps={steps!r}; raise one of the targets or take fewer steps"
+                f"target_epsilon={target!r} is out of reach at {setting}; raise one of the targets or take fewer steps"
             )
     low = high / 2
-    while low > 1 / _LARGEST_NOISE and epsilon(low) <= target_epsilon:
+    while low > 1 / _LARGEST_NOISE and epsilon(low) <= target:
         high, low = low, low / 2
-    if epsilon(low) <= target_epsilon:
+    if epsilon(low) <= target:
         return _rounded(low)  # any noise is enough: a unit is hardly ever drawn
 
     # The cap keeps the interpolation sane where epsilon is huge or infinite.
     noise: float = optimize.brentq(
-        lambda x: min(epsilon(x), 10 * target_epsilon) - target_epsilon, low, high, xtol=1e-7 * high, rtol=1e-7
+        lambda x: min(epsilon(x), 10 * target) - target, low, high, xtol=1e-7 * high, rtol=1e-7
     )
     digit = 10.0 ** (math.floor(math.log10(noise)) - _DIGITS + 1)
     units = math.ceil(noise / digit)
-    while epsilon(_rounded(units * digit)) > target_epsilon:
+    while epsilon(_rounded(units * digit)) > target:
         units += 1
     return _rounded(units * digit)
 
@@ -72,17 +98,28 @@ def affordable_steps(
     spent: Sequence[StepEvent] = (),
     accountant: str = "pld",
     examples_per_user: int | None = None,
+    adjacency: str = "add/remove",
+    *,
+    max_batch: int | None = None,
+    num_units: int | None = None,
 ) -> int:
     """How many more steps of this noise and rate keep the epsilon of `spent` and them together within the budget.
 
-    Returns 0 when not even one does, and at most ten million. Raises ValueError for bad input.
+    max_batch, num_units: of these further steps, as in `StepEvent`. Returns 0 when not even one does, and at most ten
+    million. Warns as `epsilon_of` does. Raises ValueError for bad input.
     """
     check_epsilon("epsilon_budget", epsilon_budget)
 
     def fits(steps: int) -> bool:
-        more = StepEvent(noise_multiplier, sample_rate, steps)
-        return epsilon_of([*spent, more], delta, accountant, examples_per_user) <= epsilon_budget
+        more = StepEvent(noise_multiplier, sample_rate, steps, max_batch, num_units)
+        return evaluate([*spent, more], delta, accountant, examples_per_user, adjacency) <= epsilon_budget
 
+    enough = _most_steps(fits)
+    warn_of(accountant, [StepEvent(noise_multiplier, sample_rate, 1, max_batch, num_units)], delta, examples_per_user)
+    return enough
+
+
+def _most_steps(fits: Callable[[int], bool]) -> int:
     if not fits(1):
         return 0
     enough, too_many = 1, 4

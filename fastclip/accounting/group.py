@@ -8,6 +8,9 @@ An (epsilon_1, delta_1) for one example holds, along a chain of K data sets that
 Differential Privacy, lemma 2.2, with the sum kept as it is). Every epsilon_1 with a delta that is small enough gives
 a bound; the smallest one is taken. The conversion of Renyi divergences is `rdp.group_divergences`.
 
+Replacing a user whole is K replacements of one example each, where an example that one of the two users lacks counts as
+one that contributes nothing.
+
 The accountant "group" starts from `pld`, and from `rdp` where `pld` cannot certify a delta_1 that small. Both are
 upper bounds, and so is the result.
 """
@@ -18,7 +21,15 @@ from importlib.metadata import version
 
 from scipy import optimize
 
-from fastclip.accounting.accountants import Accountant, StepEvent, check_count, check_delta, epsilon_of, register
+from fastclip.accounting.accountants import (
+    ADJACENCIES,
+    Accountant,
+    StepEvent,
+    check_count,
+    check_delta,
+    evaluate,
+    register,
+)
 from fastclip.accounting.rdp import renyi_epsilon
 
 _SMALLEST_LOG_DELTA = -690.0
@@ -86,11 +97,28 @@ def _log_growth(epsilon: float, members: int) -> float:
     return (members - 1) * epsilon + math.log(math.expm1(-members * epsilon) / math.expm1(-epsilon))
 
 
-def _epsilon(steps: Sequence[StepEvent], delta: float, examples_per_user: int) -> float:
-    epsilon = vadhan(lambda small: epsilon_of(steps, small), examples_per_user, delta)
-    if epsilon < math.inf:
+def _epsilon(steps: Sequence[StepEvent], delta: float, examples_per_user: int, adjacency: str) -> float:
+    truncated = any(step.max_batch is not None for step in steps)
+    if truncated and adjacency == "replace-one" and examples_per_user > 1:
+        raise ValueError(
+            f"examples_per_user={examples_per_user!r} with max_batch and adjacency='replace-one' is not covered: two "
+            "users may own different numbers of examples, and what a cut draw costs depends on that number; choose "
+            "adjacency='zero-out'"
+        )
+    epsilon = vadhan(lambda small: evaluate(steps, small, "pld", None, adjacency), examples_per_user, delta)
+    if epsilon < math.inf or truncated:
         return epsilon
-    return vadhan(lambda small: renyi_epsilon(steps, small)[0], examples_per_user, delta)
+    members = 2 if adjacency == "replace-one" else 1
+    return vadhan(lambda small: renyi_epsilon(steps, small, members)[0], examples_per_user, delta)
 
 
-register(Accountant("group", f"dp-accounting {version('dp-accounting')}", rigorous=True, epsilon=_epsilon))
+register(
+    Accountant(
+        "group",
+        f"dp-accounting {version('dp-accounting')}",
+        rigorous=True,
+        epsilon=_epsilon,
+        adjacencies=ADJACENCIES,
+        truncated=True,
+    )
+)

@@ -6,7 +6,8 @@ everything that the `steps` released: all intermediate weights, not only the las
 
 - "add/remove": D' has one unit more or less. It needs sample_rate, steps and delta that do not depend on the data.
 - "zero-out": one unit's contribution is taken out while the number of units stays as it is and is public. This is
-  what holds when any of the three was computed from the number of units.
+  what holds when any of the three was computed from the number of units, and when draws were cut to a maximum.
+- "replace-one": one unit has another content in D', while the number of units stays as it is and is public.
 
 `voided` says that no guarantee holds, whatever epsilon is: a seed is known, or batches were not Poisson draws.
 """
@@ -14,12 +15,12 @@ everything that the `steps` released: all intermediate weights, not only the las
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from decimal import ROUND_CEILING, Context
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
-from fastclip.accounting.accountants import StepEvent, epsilon_of, find
+from fastclip.accounting.accountants import StepEvent, check_adjacency, evaluate, find, warn_of, warn_of_delta
+from fastclip.accounting.shuffle import shuffle_lower_bound
 
-ADJACENCIES = ("add/remove", "zero-out")
-SAMPLERS = ("poisson",)
+SAMPLERS = ("poisson", "truncated poisson")
 _FROM_SIZE = ("sample_rate", "steps", "delta")
 
 
@@ -32,6 +33,9 @@ class Guarantee:
     accountant, accountant_version: who computed epsilon. rigorous: whether epsilon is an upper bound.
     caveats: sentences that have to be shown with the epsilon. voided: no guarantee holds.
     examples_per_user: at most so many examples of one user are used, and they are sampled one by one; None otherwise.
+    max_batch: the most that a draw could hold ("truncated poisson"), None otherwise or when it varied.
+    epsilon_at_least: what no figure for these steps can be below with the batches that there were, though `epsilon` may
+    be; None where that is not known.
     """
 
     epsilon: float
@@ -48,13 +52,16 @@ class Guarantee:
     caveats: tuple[str, ...] = ()
     voided: bool = False
     examples_per_user: int | None = None
+    max_batch: int | None = None
+    epsilon_at_least: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON. An infinite epsilon becomes the string "inf", which JSON can hold."""
         plain = asdict(self)
         plain["caveats"] = list(self.caveats)
-        if math.isinf(self.epsilon):
-            plain["epsilon"] = "inf"
+        for name in ("epsilon", "epsilon_at_least"):
+            if plain[name] == math.inf:
+                plain[name] = "inf"
         return plain
 
     def __str__(self) -> str:
@@ -70,6 +77,8 @@ class Guarantee:
             change = {
                 "add/remove": f"adding or removing everything that belongs to one {self.unit}",
                 "zero-out": f"taking out what one {self.unit} contributes, while the number of {self.unit}s is public,",
+                "replace-one": f"replacing everything that belongs to one {self.unit}, while the number of {self.unit}s "
+                "is public,",
             }[self.adjacency]
             claim = (
                 f"Differentially private at {self.unit} level with epsilon {epsilon} and delta {self.delta:g} "
@@ -84,6 +93,7 @@ class Guarantee:
         kind = "an upper bound" if self.rigorous else "an approximation"
         sampled = self.unit if self.examples_per_user is None else "example"
         cap = "" if self.examples_per_user is None else f", at most {self.examples_per_user} per {self.unit}"
+        cap += "" if self.max_batch is None else f", cut to {self.max_batch} where it holds more"
         return (
             f"It counts {self.steps} steps with noise multiplier {noise}, each on a draw of {sampled}s by "
             f"{self.sampler} sampling at rate {rate}{cap}; computed by the {self.accountant} accountant "
@@ -98,6 +108,7 @@ def guarantee_of(
     unit: str = "example",
     adjacency: str = "add/remove",
     sampler: str = "poisson",
+    as_poisson: bool = False,
     accountant: str = "pld",
     examples_per_user: int | None = None,
     num_units: int | None = None,
@@ -108,19 +119,36 @@ def guarantee_of(
     """The guarantee of these steps, with every caveat that follows from the arguments.
 
     from_size: which of "sample_rate", "steps", "delta" were computed from the number of units in the data; any of
-        them makes the adjacency zero-out, whatever `adjacency` says.
-    sampler: anything other than "poisson" voids the guarantee. seeded: a seed was given somewhere; that voids it too.
-    num_units: when given, a delta of 1 / num_units or more is remarked upon. caveats: further sentences, shown last.
+        them makes add/remove adjacency zero-out.
+    sampler: "poisson"; steps with a max_batch make it "truncated poisson". "shuffled" batches have no accountant: they
+        are refused unless `as_poisson` asks for the figure that Poisson draws would have, which is marked void and comes
+        with `shuffle_lower_bound` of the first epoch. Any other word voids the guarantee as well.
+    seeded: a seed was given somewhere; that voids it too.
+    num_units: when given, a delta of 1 / num_units or more is remarked upon, and warned of. caveats: further sentences,
+        shown last.
 
-    Raises ValueError for bad input.
+    Warns (AccountingWarning) as `epsilon_of` does. Raises ValueError for bad input.
     """
     steps = list(steps)
     check_terms(unit, adjacency)
+    if sampler == "shuffled" and not as_poisson:
+        raise ValueError(
+            "sampler='shuffled' has no accountant: the figure for Poisson draws can be far below the truth. Draw by "
+            "'poisson', or give as_poisson=True to see that figure, marked void, beside a lower bound on the truth"
+        )
     unknown = [name for name in from_size if name not in _FROM_SIZE]
     if unknown:
         raise ValueError(f"from_size={list(from_size)!r} names {unknown[0]!r}; choose among {', '.join(_FROM_SIZE)}")
-    epsilon = epsilon_of(steps, delta, accountant, examples_per_user)
+    if from_size and adjacency == "add/remove":
+        adjacency = "zero-out"
+    epsilon = evaluate(steps, delta, accountant, examples_per_user, adjacency)
+    warn_of(accountant, steps if num_units is None else (), delta, examples_per_user)
     chosen = find(accountant)
+    taken = [step for step in steps if step.count]
+    cuts = {step.max_batch for step in taken}
+    if sampler == "poisson" and cuts - {None}:
+        sampler = "truncated poisson"
+    at_least = _shuffled_at_least(taken, delta) if sampler == "shuffled" else None
     found = []
     if seeded:
         found.append(
@@ -132,8 +160,12 @@ def guarantee_of(
             f"Batches came from {sampler!r} sampling and not from Poisson draws, for which alone this epsilon is "
             "computed, so it is void."
         )
+    if at_least is not None:
+        found.append(
+            f"Shuffled batches cost epsilon {rounded_down(at_least)} or more at this delta, from the first epoch alone "
+            "and with zero-out adjacency."
+        )
     if from_size:
-        adjacency = "zero-out"
         found.append(
             f"Computed from the number of {unit}s: {', '.join(from_size)}. That number is therefore treated as public; "
             "declare constants instead for add/remove adjacency."
@@ -142,10 +174,10 @@ def guarantee_of(
         found.append(
             f"Delta is not below 1 / {num_units}, the number of {unit}s: that would allow publishing one of them whole."
         )
+        warn_of_delta(delta, num_units, unit)
     if not chosen.rigorous:
         found.append(f"The {accountant} accountant approximates; the true epsilon can be larger.")
 
-    taken = [step for step in steps if step.count]
     noises = {step.noise_multiplier for step in taken}
     rates = {step.sample_rate for step in taken}
     return Guarantee(
@@ -163,21 +195,44 @@ def guarantee_of(
         caveats=(*found, *caveats),
         voided=seeded or sampler not in SAMPLERS,
         examples_per_user=examples_per_user,
+        max_batch=cuts.pop() if len(cuts) == 1 else None,
+        epsilon_at_least=at_least,
     )
+
+
+def _shuffled_at_least(steps: Sequence[StepEvent], delta: float) -> float | None:
+    """`shuffle_lower_bound` of the first epoch; None where noise or rate changed in its course."""
+    if not steps:
+        return None
+    per_epoch = max(1, round(1 / steps[0].sample_rate))
+    equal = 0
+    for step in steps:
+        if (step.noise_multiplier, step.sample_rate) != (steps[0].noise_multiplier, steps[0].sample_rate):
+            break
+        equal += step.count
+    if equal < per_epoch:
+        return None
+    return shuffle_lower_bound(steps[0].noise_multiplier, per_epoch, delta)
 
 
 def check_terms(unit: str, adjacency: str) -> None:
     """Raise ValueError unless these can stand in a guarantee."""
     if not isinstance(unit, str) or not unit.strip():
         raise ValueError(f"unit={unit!r} says nothing; give a word such as 'example' or 'user'")
-    if adjacency not in ADJACENCIES:
-        raise ValueError(
-            f"adjacency={adjacency!r} is not accounted for; choose one of {', '.join(map(repr, ADJACENCIES))}"
-        )
+    check_adjacency(adjacency)
 
 
 def rounded_up(epsilon: float) -> str:
     """Epsilon for reading, in at most four digits, never less than it is."""
+    return _rounded(epsilon, ROUND_CEILING)
+
+
+def rounded_down(epsilon: float) -> str:
+    """A lower bound on epsilon for reading, in at most four digits, never more than it is."""
+    return _rounded(epsilon, ROUND_FLOOR)
+
+
+def _rounded(epsilon: float, rounding: str) -> str:
     if not math.isfinite(epsilon):
         return str(epsilon)
-    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(repr(epsilon))):.4g}"
+    return f"{float(Context(prec=4, rounding=rounding).create_decimal(repr(epsilon))):.4g}"

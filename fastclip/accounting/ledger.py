@@ -14,6 +14,7 @@ Guarantees and edge cases:
   opening refuses.
 - Any other unreadable, missing or repeated line is damage from outside, and opening refuses.
 - One process at a time: the file is locked while it is open, and a forked child may not reserve.
+- A file of format 1, written before there were cut draws, opens and goes on; a cut draw is refused in it.
 - No key and no seed is ever written; that a step was seeded is.
 - Putting an older copy of the file back goes unnoticed. So does a filesystem that ignores fsync or locks.
 """
@@ -27,11 +28,22 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from fastclip.accounting.accountants import StepEvent, check_count, check_delta, epsilon_of
+from fastclip.accounting.accountants import (
+    StepEvent,
+    check_count,
+    check_delta,
+    check_supported,
+    evaluate,
+    find,
+    warn_of_delta,
+)
 from fastclip.accounting.calibration import affordable_steps, check_epsilon
 from fastclip.accounting.guarantee import SAMPLERS, Guarantee, check_terms, guarantee_of
+from fastclip.accounting.pld import prepared
 
-_FORMAT = 1
+# Format 1 knew neither replace-one adjacency nor cut draws, and its readers would count them too low.
+_FORMAT = 2
+_FORMATS = (1, 2)
 _HEADER_KEYS = {
     "fastclip_ledger",
     "unit",
@@ -63,7 +75,8 @@ class Ledger:
         self._end = 0
         self._runs: list[StepEvent] = []
         self._seeded = False
-        self._allowed: tuple[float, float, int] = (0.0, 0.0, 0)
+        self._allowed: tuple[StepEvent | None, int] = (None, 0)
+        self._format: int = header["fastclip_ledger"]
         self._known: tuple[int, float, float] | None = None
         self.steps = 0
         self.unit: str = header["unit"]
@@ -89,22 +102,29 @@ class Ledger:
     ) -> "Ledger":
         """Begin a ledger in a new file.
 
-        unit: what is protected, such as "example" or "user". adjacency: "add/remove" or "zero-out".
-        sampler: "poisson". num_units: the public number of units. delta: in (0, 1).
-        epsilon_budget: the epsilon that `reserve` never exceeds.
+        unit: what is protected, such as "example" or "user". adjacency: "add/remove", "zero-out" or "replace-one".
+        sampler: "poisson", or "truncated poisson" for draws that are cut. num_units: the public number of units.
+        delta: in (0, 1). epsilon_budget: the epsilon that `reserve` never exceeds.
         examples_per_user: K, where examples are sampled and the unit is a user with at most K of them.
+
+        Warns (AccountingWarning) of a delta that is not below 1 / num_units.
 
         Raises ValueError for bad input and FileExistsError when there is a file already.
         """
         check_terms(unit, adjacency)
         if sampler not in SAMPLERS:
-            raise ValueError(f"sampler={sampler!r} is not accounted for; draw batches by 'poisson'")
+            raise ValueError(
+                f"sampler={sampler!r} is not accounted for; draw batches by {' or '.join(map(repr, SAMPLERS))}"
+            )
         check_count("num_units", num_units, least=1)
         check_delta("delta", delta)
         if epsilon_budget is not None:
             check_epsilon("epsilon_budget", epsilon_budget)
         if examples_per_user is not None:
             check_count("examples_per_user", examples_per_user, least=1)
+        check_supported(find("pld"), [], examples_per_user, adjacency)
+        prepared([], int(examples_per_user or 1), adjacency)
+        warn_of_delta(delta, num_units, unit)
         header = {
             "fastclip_ledger": _FORMAT,
             "unit": unit,
@@ -149,7 +169,7 @@ class Ledger:
                     f"path={os.fspath(path)!r} does not begin with a ledger's header. If a crash cut its creation "
                     "short, no step was reserved in it: delete it and begin anew with Ledger.create"
                 )
-            if header["fastclip_ledger"] != _FORMAT:
+            if header["fastclip_ledger"] not in _FORMATS:
                 raise ValueError(
                     f"path={os.fspath(path)!r} has format {header['fastclip_ledger']!r} where {_FORMAT} is known; "
                     "open it with the version that wrote it"
@@ -165,16 +185,29 @@ class Ledger:
             raise
         return ledger
 
-    def reserve(self, noise_multiplier: float, sample_rate: float, seeded: bool = False) -> int:
+    def reserve(
+        self,
+        noise_multiplier: float,
+        sample_rate: float,
+        seeded: bool = False,
+        *,
+        max_batch: int | None = None,
+        num_units: int | None = None,
+    ) -> int:
         """Record one step as spent, on the disk, and return its number, from 1 on. Call it before releasing anything.
 
         seeded: noise or draws of this step come from a known seed, which voids the guarantee for good.
+        max_batch, num_units: of a draw that is cut, as in `StepEvent`; the ledger's own num_units when only max_batch
+            is given and the unit is what is sampled.
 
         Raises ValueError for bad input, BudgetExhausted when the step would take epsilon above the budget (then
         nothing is written), RuntimeError in a forked child or on a closed ledger, and OSError when the disk refuses;
         after that, open the file anew.
         """
-        event = StepEvent(noise_multiplier, sample_rate)
+        if max_batch is not None and num_units is None and self.examples_per_user is None:
+            num_units = self.num_units
+        event = StepEvent(noise_multiplier, sample_rate, 1, max_batch, num_units)
+        self._check_accountable(event)
         if not self._closer.alive:
             raise RuntimeError("this ledger is closed; go on with Ledger.open")
         if os.getpid() != self._process:
@@ -194,7 +227,7 @@ class Ledger:
         """Epsilon of all steps that are spent, at `delta` or else the ledger's own."""
         at = self.delta if delta is None else delta
         if self._known is None or self._known[:2] != (self.steps, at):
-            self._known = (self.steps, at, epsilon_of(self._runs, at, examples_per_user=self.examples_per_user))
+            self._known = (self.steps, at, evaluate(self._runs, at, *self._terms()))
         return self._known[2]
 
     def guarantee(
@@ -226,11 +259,26 @@ class Ledger:
     ) -> None:
         self.close()
 
+    def _terms(self) -> tuple[str, int | None, str]:
+        return "pld", self.examples_per_user, self.adjacency
+
+    def _check_accountable(self, event: StepEvent) -> None:
+        """A step whose cost can never be told must not enter the file."""
+        if event.max_batch is None:
+            return
+        if self._format == 1:
+            raise ValueError(
+                f"max_batch={event.max_batch!r} cannot be written to a ledger of format 1; begin another one with "
+                "Ledger.create"
+            )
+        check_supported(find("pld"), [event], self.examples_per_user, self.adjacency)
+        prepared([event], self.examples_per_user or 1, self.adjacency)
+
     def _check_budget(self, event: StepEvent) -> None:
         if self.epsilon_budget is None:
             return
-        noise, rate, until = self._allowed
-        if (noise, rate) == (event.noise_multiplier, event.sample_rate) and self.steps < until:
+        kind, until = self._allowed
+        if kind == event and self.steps < until:
             return
         more = self._affordable(event)
         if more == 0:
@@ -239,23 +287,22 @@ class Ledger:
                 f"sample_rate={event.sample_rate!r} would take epsilon above epsilon_budget={self.epsilon_budget!r} at "
                 f"delta={self.delta!r}; {self.steps} steps are spent: stop here, or use more noise"
             )
-        self._allowed = (event.noise_multiplier, event.sample_rate, self.steps + more)
+        self._allowed = (event, self.steps + more)
 
     def _affordable(self, event: StepEvent) -> int:
         assert self.epsilon_budget is not None
         if self._runs and self._runs[-1] != replace(event, count=self._runs[-1].count):
             # A schedule may change at every step; the search for all further steps pays only once two are equal.
-            return int(
-                epsilon_of([*self._runs, event], self.delta, examples_per_user=self.examples_per_user)
-                <= self.epsilon_budget
-            )
+            return int(evaluate([*self._runs, event], self.delta, *self._terms()) <= self.epsilon_budget)
         return affordable_steps(
             self.epsilon_budget,
             self.delta,
             event.noise_multiplier,
             event.sample_rate,
-            spent=self._runs,
-            examples_per_user=self.examples_per_user,
+            self._runs,
+            *self._terms(),
+            max_batch=event.max_batch,
+            num_units=event.num_units,
         )
 
     def _count(self, event: StepEvent, seeded: bool) -> None:
@@ -294,7 +341,8 @@ class Ledger:
                     f"path={os.fspath(path)!r} is damaged at line {place}: step {self.steps + 1} should stand there. "
                     "Restore the file; without it there is no telling what was spent"
                 )
-            event = StepEvent(content["noise_multiplier"], content["sample_rate"])
+            cut = content.get("max_batch"), content.get("num_units")
+            event = StepEvent(content["noise_multiplier"], content["sample_rate"], 1, *cut)
             seeded = content.get("seeded", False)
             if line.endswith(b"\n"):
                 self._end += len(line)
@@ -314,7 +362,9 @@ class Ledger:
 
 
 def _step_line(step: int, event: StepEvent, seeded: bool) -> dict[str, Any]:
-    line = {"step": step, "noise_multiplier": event.noise_multiplier, "sample_rate": event.sample_rate}
+    line: dict[str, Any] = {"step": step, "noise_multiplier": event.noise_multiplier, "sample_rate": event.sample_rate}
+    if event.max_batch is not None:
+        line |= {"max_batch": event.max_batch, "num_units": event.num_units}
     return line | {"seeded": True} if seeded else line
 
 

@@ -30,15 +30,23 @@ class Mixture:
     """The dominating pair of one step; `sample_rate` below 1.
 
     noise_multiplier: sigma > 0. sample_rate: q in (0, 1). examples: K >= 1, of which Binomial(K, q) meet in a draw.
+    A subclass with another distribution of how many meet calls `_set` itself.
     """
 
     def __init__(self, noise_multiplier: float, sample_rate: float, examples: int) -> None:
-        self.sigma = noise_multiplier
         # What lies beyond `meeting` has mass below TAIL_MASS, far less than the rounding that is charged.
-        self.meeting = meeting(sample_rate, examples)
+        most = meeting(sample_rate, examples)
+        drawn = np.arange(1, most + 1, dtype=np.float64)
+        log_weights: FloatArray = stats.binom.logpmf(drawn, examples, sample_rate)
+        self._set(noise_multiplier, examples * math.log1p(-sample_rate), log_weights)
+
+    def _set(self, sigma: float, log_never: float, log_weights: FloatArray) -> None:
+        """log_never: log w_0. log_weights: of 1, 2, ..., [meeting]."""
+        self.sigma = sigma
+        self.meeting = len(log_weights)
         self.drawn = np.arange(1, self.meeting + 1, dtype=np.float64)
-        self.log_never = examples * math.log1p(-sample_rate)
-        self.log_weights: FloatArray = stats.binom.logpmf(self.drawn, examples, sample_rate)
+        self.log_never = log_never
+        self.log_weights = log_weights
 
     def losses(self, direction: Direction) -> tuple[float, float]:
         """The smallest and the largest privacy loss that a grid has to reach in that direction."""

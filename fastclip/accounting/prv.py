@@ -122,7 +122,7 @@ class _Truncated:
         return -mean if self.loss.direction == "add" else mean
 
 
-def _epsilon(steps: Sequence[StepEvent], delta: float, examples_per_user: int) -> float:
+def _epsilon(steps: Sequence[StepEvent], delta: float, examples_per_user: int, adjacency: str) -> float:
     if examples_per_user > 1:
         raise ValueError(
             f"examples_per_user={examples_per_user!r} is beyond this accountant, which has no loss for users with "

@@ -7,7 +7,8 @@ an epsilon at delta (Canonne, Kamath and Steinke, arXiv 2004.00010, proposition 
 For a user with up to K examples, sampled one by one, divergences pass through group privacy (Mironov, arXiv
 1702.07476, proposition 2). That is loose, because it does not know how rarely a user's
 examples meet in one draw: epsilon 8.1 instead of the 4.8 of `pld` where K = 4, sigma = 2, q = 0.01 after 2,000 steps at
-delta 1e-6.
+delta 1e-6. Replacing a unit is removing one and adding another, a group of two (2 K with examples of a user), and just
+as loose.
 
 Guarantees and edge cases:
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
-from fastclip.accounting.accountants import Accountant, StepEvent, check_count, register
+from fastclip.accounting.accountants import ADJACENCIES, Accountant, StepEvent, check_count, register
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -134,8 +135,14 @@ def _of_one_step(noise_multiplier: float, sample_rate: float, orders: tuple[floa
     return (1 + _RELATIVE_ROUNDING) * np.maximum(accountant.rdp, 0.0) + _ROUNDING
 
 
-def _epsilon(steps: Sequence[StepEvent], delta: float, examples_per_user: int) -> float:
-    return renyi_epsilon(steps, delta, examples_per_user)[0]
+def _epsilon(steps: Sequence[StepEvent], delta: float, examples_per_user: int, adjacency: str) -> float:
+    # Replacing is removing and adding.
+    members = 2 * examples_per_user if adjacency == "replace-one" else examples_per_user
+    return renyi_epsilon(steps, delta, members)[0]
 
 
-register(Accountant("rdp", f"dp-accounting {version('dp-accounting')}", rigorous=True, epsilon=_epsilon))
+register(
+    Accountant(
+        "rdp", f"dp-accounting {version('dp-accounting')}", rigorous=True, epsilon=_epsilon, adjacencies=ADJACENCIES
+    )
+)
