@@ -128,6 +128,8 @@ def _basis(asked: Question, stated: Guarantee, both: dict[str, float] | None) ->
         table.add_row("by direction", f"{each} (pld)")
     if stated.epsilon_at_least is not None:
         table.add_row("shuffled batches", f"epsilon {rounded_down(stated.epsilon_at_least)} or more, first epoch alone")
+    elif stated.sampler == "shuffled":
+        table.add_row("shuffled batches", "no lower bound is known for less than a whole epoch")
     table.add_row("delta", f"{stated.delta:g}")
     table.add_row("unit", stated.unit)
     table.add_row("adjacency", stated.adjacency)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -138,13 +139,14 @@ def _measured(
 
 
 def _show(found: userlevel.Comparison, measured: GradientShare | None, console: Console) -> None:
-    table = Table(title=f"{found.users:,} users, {found.examples:,} examples, {found.budget:g} gradients a step")
-    for name in ("", "per user", "kept", "units a step", "rate", "noise multiplier"):
-        table.add_column(name, justify="right" if name else "left")
-    for share in found.shares:
-        table.add_column(f"noise at r={share:.3g}", justify="right")
-    for share in found.shares:
-        table.add_column(f"sampling error at r={share:.3g}", justify="right")
+    title = f"{found.users:,} users, {found.examples:,} examples, {found.budget:g} gradients a step"
+    # Nine columns of numbers, whole in the 80 characters that a pipe has.
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("", "per user", "kept", "units", "rate", "sigma"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for word in ("noise", "error"):
+        for share in found.shares:
+            table.add_column(f"{word} r={share:.3g}", justify="right")
     advice = found.recommendation
     for row in found.rows():
         if row["algorithm"] == "ULS" and row["examples_per_user"] == found.uls[0].examples_per_user:
@@ -153,19 +155,19 @@ def _show(found: userlevel.Comparison, measured: GradientShare | None, console: 
         chosen = (row["algorithm"], row["examples_per_user"]) == (advice.algorithm, advice.examples_per_user)
         table.add_row(
             row["algorithm"],
-            f"{letter} = {row['examples_per_user']}",
-            f"{row['kept_share']:.1%}",
+            f"{letter}={row['examples_per_user']}",
+            f"{row['kept_share']:.0%}",
             f"{row['expected_units']:.1f}",
             f"{row['sample_rate']:.3g}",
-            f"{row['noise_multiplier']:.5g}",
+            f"{row['noise_multiplier']:.4g}",
             *(f"{value:.3g}" for value in row["noise"] + row["sampling_error"]),
             style="bold" if chosen else None,
         )
     console.print(table)
     lines = [
-        f"User-level epsilon {found.epsilon:g}, delta {found.delta:g}, {found.steps} steps. Noise: standard deviation per "
-        "coordinate of the mean gradient; sampling error: norm of what the draw adds to it; both in units of an example's "
-        "gradient norm.",
+        f"User-level epsilon {found.epsilon:g}, delta {found.delta:g}, {found.steps} steps. Units a step, sampling rate and "
+        "noise multiplier; noise: standard deviation per coordinate of the mean gradient; error: norm of what the draw adds "
+        "to it; both in units of an example's gradient norm.",
         *(f"Left out: {text}." for text in found.left_out),
     ]
     if measured is not None:

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+_COUNT_COLUMNS = ("count", "counts", "examples", "num_examples")
+
 
 def read_counts(path: Path, user_column: str) -> npt.NDArray[np.int64]:
     """Each user's number of examples, `[N]`, and nothing else of the file.
 
-    A .csv is a table of counts where it has a column `count` (one row a user) or nothing but numbers, one a line. Any
-    other .csv, .jsonl or .parquet file is a data set: one row an example, `user_column` tells whose.
+    A .csv is a table of counts where it has a column `count` (or `counts`, `examples`, `num_examples`; one row a user) or
+    nothing but numbers, one a line. Any other .csv, .jsonl or .parquet file is a data set: one row an example, `user_column`
+    tells whose.
 
     Raises ValueError with the remedy for a file that is neither.
     """
@@ -32,8 +35,11 @@ def read_counts(path: Path, user_column: str) -> npt.NDArray[np.int64]:
             header = next(rows, [])
             if len(header) == 1 and _is_number(header[0]):
                 return np.array([_whole(header[0], path, 1), *_column(rows, 0, path, first=2)])
-            if "count" in header:
-                return np.array(_column(rows, header.index("count"), path, first=2))
+            counted = [name for name in header if name.strip().lower() in _COUNT_COLUMNS]
+            if len(counted) > 1:
+                raise ValueError(f"users {path} has several columns of counts ({', '.join(counted)}): keep one")
+            if counted:
+                return np.array(_column(rows, header.index(counted[0]), path, first=2))
             if user_column not in header:
                 raise ValueError(_no_column(path, user_column, header))
             owners = Counter(_csv_users(rows, header.index(user_column), path, user_column))

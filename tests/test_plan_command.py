@@ -50,7 +50,7 @@ def test_json_is_what_compare_finds(counts):
 
 def test_the_table_and_the_advice(counts):
     shown = run("--users", counts, *SETTINGS).stdout
-    for words in ("30 users, 120 examples", "K = 4", "G = 2", "noise at r=0", "noise at r=1", "Recommended: "):
+    for words in ("30 users, 120 examples", "K=4", "G=2", "r=0", "r=1", "Recommended: "):
         assert words in shown
     assert userlevel.compare([4] * 30, 8, 2, 2.0, 1e-3).recommendation.reason[:30] in shown
 
@@ -76,8 +76,9 @@ def test_every_kind_of_file_gives_the_counts(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
     (tmp_path / "d.csv").write_text("said,who\n" + "".join(f"x,{record['who']}\n" for record in records))
     (tmp_path / "named.csv").write_text("who,count\n" + "".join(f"u{i},{n}\n" for i, n in enumerate(wanted)))
+    (tmp_path / "other.csv").write_text("who,Examples\n" + "".join(f"u{i},{n}\n" for i, n in enumerate(wanted)))
     (tmp_path / "bare.csv").write_text("".join(f"{n}\n" for n in wanted))
-    for name in ("d.jsonl", "d.parquet", "d.csv", "named.csv", "bare.csv"):
+    for name in ("d.jsonl", "d.parquet", "d.csv", "named.csv", "other.csv", "bare.csv"):
         counts = read_counts(tmp_path / name, "who")
         assert sorted(counts) == wanted and np.issubdtype(counts.dtype, np.integer), name
 
@@ -88,6 +89,7 @@ def test_every_kind_of_file_gives_the_counts(tmp_path):
         ("d.csv", "said,who\na,b\n", "no user in 'user' (columns: said, who)"),
         ("d.csv", "user,text\nb,a\n,c\n", "empty in line 3"),
         ("d.csv", "user,count\nb,2.5\n", "line 2: '2.5'"),
+        ("d.csv", "user,count,examples\nb,2,3\n", "several columns of counts (count, examples)"),
         ("d.csv", "3\nfour\n", "line 2: 'four'"),
         ("d.csv", "3\n0\n", "1 users without examples"),
         ("d.csv", "user\n", "no rows"),
