@@ -9,16 +9,18 @@ from fastclip.layers import Site, register_layer, supported_layers
 from fastclip.module import Clipper, attach
 from fastclip.ops import backends
 from fastclip.optimizer import DPOptimizer
-from fastclip.sampling import PoissonLoader, PoissonSampler, UserPoissonSampler
+from fastclip.sampling import ExamplePoissonSampler, PoissonLoader, PoissonSampler, UserIndex, UserPoissonSampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Clipper",
     "DPOptimizer",
+    "ExamplePoissonSampler",
     "PoissonLoader",
     "PoissonSampler",
     "Site",
+    "UserIndex",
     "UserPoissonSampler",
     "attach",
     "backends",

@@ -50,7 +50,7 @@ class History:
         return {"seconds": self.seconds, "examples_per_second": self.rate, "peak_memory_bytes": peak_memory}
 
 
-def cut(task: Task, draw: Sequence[int], units: Sequence[int]) -> list[list[int]]:
+def cut(task: Task, draw: Sequence[int], units: Sequence[int]) -> Sequence[list[int]]:
     """The physical batches of one draw, given each example's unit. Units stay whole, and a batch has one padded
     length."""
     sizes = [task.padded(len(task.train.tokens[i])) for i in draw]
