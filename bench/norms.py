@@ -21,6 +21,7 @@ from step import machine
 from fastclip import ops, reference
 
 RESULTS = Path(__file__).parent / "results"
+SAMPLE = 5e-3  # seconds
 LAYERS = {
     "GPT-2 768x768": (768, 768),
     "GPT-2 768x2304": (768, 2304),
@@ -36,14 +37,20 @@ ROWS = 1024
 
 
 def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, taking turns; the first round is not counted."""
+    """Seconds of one run each, interleaved; a sample repeats what is short until it takes some milliseconds."""
+    repeats = {}
+    for name, run in runs.items():
+        run()  # the first one allocates
+        started = time.perf_counter()
+        run()
+        repeats[name] = max(1, int(SAMPLE / (time.perf_counter() - started)))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
             started = time.perf_counter()
-            run()
-            if round_:
-                times[name].append(time.perf_counter() - started)
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((time.perf_counter() - started) / repeats[name])
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
