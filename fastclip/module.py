@@ -12,7 +12,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +22,12 @@ from torch.utils.hooks import unserializable_hook
 from fastclip import plan, tape, validation
 from fastclip.backward import BackwardPass, BackwardPasses, in_backward
 from fastclip.clipping import ClippingRule, check_norm, make_rule
+from fastclip.large_units import accumulate_unit
 from fastclip.layers.bare import Targets
 from fastclip.layers.site import no_autocast
 from fastclip.layout import Law
 from fastclip.layouts import Layouts
+from fastclip.precision import full_precision
 from fastclip.routing import LayerRoute, MethodRoute, RootRoute, Route
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
@@ -207,6 +209,12 @@ class Clipper:
             self._local.units = outer
             self._open_units -= 1
 
+    def accumulate_unit(
+        self, unit_id: int, *, reduction: str = "sum", num_examples: int | None = None
+    ) -> AbstractContextManager[None]:
+        """One unit that is too large for one backward: :func:`fastclip.large_units.accumulate_unit`."""
+        return accumulate_unit(self, unit_id, reduction, num_examples)
+
     def forget_layout(self) -> None:
         """Try the model again at the next forward, after a change of its code that its modules do not show."""
         self.layouts.forget()
@@ -361,7 +369,7 @@ class Clipper:
             self.owner.accept(units)
         with (
             torch.no_grad(),
-            _full_precision(),
+            full_precision(),
             no_autocast("cpu"),
             no_autocast(next(iter(done.entries))[0].device.type),
         ):
@@ -419,21 +427,6 @@ class Clipper:
         for p, total in totals.items():
             self.sums.write(p, total, released=False)
         self.sums.terms += max(terms.values())
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """fp32 products in fp32, whatever the user chose for the model's own: norms and sums count on it."""
-    # The attributes that both of torch's interfaces set; its older getter raises once the newer one was used.
-    kinds = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    chosen = [(kind, kind.fp32_precision) for kind in kinds if kind.fp32_precision not in ("ieee", "none")]
-    for kind, _ in chosen:
-        kind.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for kind, precision in chosen:
-            kind.fp32_precision = precision
 
 
 def _guard(clipper: weakref.ref[Clipper], name: str) -> Callable[[Tensor | None], None]:
