@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastclip.accounting import AccountingWarning, find, get_noise_multiplier
+from fastclip.accounting import AccountingWarning, find
 from fastclip.accounting.accountants import evaluate
+from fastclip.accounting.calibration import propose_noise
 from fastclip.accounting_report import Question, progress_bar, report
 from fastclip.command_line import Json, complaints
 
@@ -122,7 +123,7 @@ def _calibrated(asked: Question, epsilon: float, as_json: bool) -> tuple[float, 
     event = asked.event(1.0)
 
     def least(accountant: str, progress: Callable[[], None]) -> float:
-        return get_noise_multiplier(
+        return propose_noise(
             epsilon, asked.delta, asked.sample_rate, asked.steps, accountant, *asked.terms(),
             max_batch=event.max_batch, num_units=event.num_units, tried=lambda *tried: progress(),
         )  # fmt: skip

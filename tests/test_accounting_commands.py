@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastclip.accounting import get_epsilon, get_noise_multiplier, safe_max_batch, shuffle_lower_bound
+from fastclip.accounting.calibration import propose_noise
 from fastclip.accounting.plots import Line, draw
 from fastclip.cli import app
 
@@ -107,7 +108,9 @@ def test_calibration_follows_its_options():
 @pytest.mark.filterwarnings("ignore::fastclip.accounting.AccountingWarning")
 def test_noise_that_an_approximation_proposes_is_raised_where_it_overspends():
     found = answer("calibrate", "--epsilon", 1, *RUN, "--accountant", "gdp")
-    assert found["proposed"] == get_noise_multiplier(1, 1e-5, 0.01, 100, "gdp")
+    settings = {"max_batch": None, "num_units": None, "tried": None}
+    assert found["proposed"] == propose_noise(1, 1e-5, 0.01, 100, "gdp", None, "add/remove", **settings)
+    assert found["noise_multiplier"] == get_noise_multiplier(1, 1e-5, 0.01, 100, "gdp")
     assert found["proposed_spends"] == get_epsilon(found["proposed"], 0.01, 100, 1e-5) > 1
     assert found["noise_multiplier"] == get_noise_multiplier(1, 1e-5, 0.01, 100) > found["proposed"]
     assert found["guarantee"]["accountant"] == "pld" and found["guarantee"]["epsilon"] <= 1

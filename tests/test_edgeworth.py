@@ -327,7 +327,10 @@ def test_is_registered_as_an_approximation():
     step = StepEvent(1.1, MNIST, 14062)
     assert epsilon_of([step], 1e-5, accountant="edgeworth") == edgeworth([step], 1e-5).epsilon
     noise = get_noise_multiplier(2.0, 1e-5, 0.01, 5000, accountant="edgeworth")
-    assert get_epsilon(noise, 0.01, 5000, 1e-5) == pytest.approx(2.0, rel=0.03)
+    assert 1.9 < get_epsilon(noise, 0.01, 5000, 1e-5) <= 2.0
+    # EW-Tune's kind of setting, where the estimate is short of the noise that is needed: raised to it.
+    rare = (8.0, 1e-6, 2000 / 392702, 20 * (392702 // 2000))
+    assert get_noise_multiplier(*rare, accountant="edgeworth") == get_noise_multiplier(*rare)
 
 
 def test_draws_that_are_cut_are_refused():

@@ -16,6 +16,7 @@ from fastclip.accounting.accountants import (
     check_delta,
     check_number,
     evaluate,
+    find,
     warn_of,
 )
 
@@ -40,29 +41,64 @@ def get_noise_multiplier(
     """The smallest noise multiplier, rounded up to five significant digits, whose epsilon is at most the target.
 
     `get_epsilon(returned, sample_rate, steps, target_delta, ...) <= target_epsilon` holds, with the same further
-    arguments.
+    arguments. What an accountant proposes that is not rigorous is checked by `pld`, and raised to what `pld` asks for
+    where it would overspend: then the inequality holds for `pld`.
 
     target_epsilon: > 0. target_delta: in (0, 1). steps: >= 1. max_batch, num_units: as in `StepEvent`. tried: called
     with every noise multiplier that is tried and its epsilon, some ten to twenty of them, to show progress.
 
     Warns as `epsilon_of` does. Raises ValueError for bad input, and when no noise is enough.
     """
+
+    def least(chosen: str) -> float:
+        return propose_noise(
+            target_epsilon,
+            target_delta,
+            sample_rate,
+            steps,
+            chosen,
+            examples_per_user,
+            adjacency,
+            max_batch=max_batch,
+            num_units=num_units,
+            tried=tried,
+        )
+
+    noise = least(accountant)
+    event = StepEvent(noise, sample_rate, steps, max_batch, num_units)
+    if not find(accountant).rigorous:
+        spent = evaluate([event], target_delta, "pld", examples_per_user, adjacency)
+        noise = noise if spent <= target_epsilon else least("pld")
+    warn_of(accountant, [event], target_delta, examples_per_user)
+    return noise
+
+
+def propose_noise(
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: str,
+    examples_per_user: int | None,
+    adjacency: str,
+    *,
+    max_batch: int | None,
+    num_units: int | None,
+    tried: Callable[[float, float], None] | None,
+) -> float:
+    """What the accountant itself finds, rigorous or not; arguments and errors as for `get_noise_multiplier`."""
     check_epsilon("target_epsilon", target_epsilon)
     check_delta("target_delta", target_delta)
     check_count("steps", steps, least=1)
 
-    def event(noise: float) -> StepEvent:
-        return StepEvent(noise, sample_rate, steps, max_batch, num_units)
-
     def epsilon(noise: float) -> float:
-        found = evaluate([event(noise)], target_delta, accountant, examples_per_user, adjacency)
+        event = StepEvent(noise, sample_rate, steps, max_batch, num_units)
+        found = evaluate([event], target_delta, accountant, examples_per_user, adjacency)
         if tried is not None:
             tried(noise, found)
         return found
 
-    noise = _least_noise(epsilon, target_epsilon, f"target_delta={target_delta!r} after steps={steps!r}")
-    warn_of(accountant, [event(noise)], target_delta, examples_per_user)
-    return noise
+    return _least_noise(epsilon, target_epsilon, f"target_delta={target_delta!r} after steps={steps!r}")
 
 
 def _least_noise(epsilon: Callable[[float], float], target: float, setting: str) -> float:
