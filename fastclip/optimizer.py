@@ -258,10 +258,21 @@ class DPOptimizer(Optimizer):
             )
         if self.sampler is not None:
             draw = self.sampler.current_draw
-            if draw is None or draw in self._released:
+            self._check_handed_out(draw)
+            if draw in self._released:
                 raise RuntimeError(
                     f"draw {draw} was released already: one step() for each draw of the sampler, by one optimizer for all "
                     "that is trained"
+                )
+            if self._pending_draw not in (None, draw):
+                raise RuntimeError(
+                    f"the sum waits for draw {self._pending_draw}, but draw {draw} was handed out since: step() comes "
+                    "before the next draw; call zero_grad()"
+                )
+            if getattr(self.sampler, "last_of_draw", None) is False:
+                raise RuntimeError(
+                    f"draw {draw} comes in several physical batches, and this is not its last: step() only where "
+                    "loader.last_of_draw, after a backward of each; a part of a draw is not what was accounted for"
                 )
             skipped = getattr(self.sampler, "previous_draw", None)
             if skipped is not None and skipped not in self._released:
@@ -269,6 +280,12 @@ class DPOptimizer(Optimizer):
                     f"draw {skipped} was handed out and never released: an empty or failed draw gets its step() too, which "
                     "then is noise alone; and only PoissonLoader follows a loop whose worker processes run ahead of it"
                 )
+
+    def _check_handed_out(self, draw: int | None) -> None:
+        if draw is None:
+            raise RuntimeError(
+                "no draw was handed out: loop over the loader (or sampler) that was given as sampler=, and over no other"
+            )
 
     def _add_noise(self, update: fused.Update | None) -> None:
         """Let each ``p.grad`` be noisy; with ``update``, the parameters and the optimizer's state follow in the same pass."""
@@ -320,7 +337,8 @@ class DPOptimizer(Optimizer):
             )
         if self.sampler is not None:
             draw = self.sampler.current_draw
-            if draw is None or draw in self._released:
+            self._check_handed_out(draw)
+            if draw in self._released:
                 raise RuntimeError(
                     f"draw {draw} was released already, and a backward of it came after: step() must be last"
                 )

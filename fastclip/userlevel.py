@@ -275,8 +275,8 @@ def _noise(epsilon: float, delta: float, rate: float, steps: int, examples_per_u
 
 def _example_level(n: Counts, k: int, budget: float, steps: int, epsilon: float, delta: float) -> Setting:
     kept = _kept(n, k)
-    # No user has more than the largest count, whatever the cap allows.
-    sigma = _noise(epsilon, delta, budget / kept, steps, min(k, int(n.max())))
+    # A user who is added may own as many as the cap allows.
+    sigma = _noise(epsilon, delta, budget / kept, steps, k)
     return Setting("ELS", k, kept / int(n.sum()), float(budget), budget / kept, sigma)
 
 

@@ -166,3 +166,10 @@ def test_curve_of_cut_draws():
     assert curve[-1] == get_epsilon(1.5, 0.02, 20, 1e-5, **cut) > epsilon_curve(1.5, 0.02, 20, 1e-5)[-1]
     with pytest.raises(ValueError, match="points=0"):
         epsilon_curve(1.5, 0.02, 20, 1e-5, points=0)
+
+
+def test_the_curve_counts_cuts_of_users_too():
+    settings = {"examples_per_user": 4, "adjacency": "zero-out", "max_batch": 30, "num_units": 1000}
+    curve = epsilon_curve(1.0, 0.01, 100, 1e-5, **settings)
+    for step in (50, 100):
+        assert curve[step - 1] >= get_epsilon(1.0, 0.01, step, 1e-5, **settings) * (1 - 1e-3)

@@ -69,9 +69,8 @@ def test_hook_reads_the_optimizer():
     accountant = create_accountant("pld")
     hook = accountant.get_optimizer_hook_fn(0.25)
     hook(SimpleNamespace(noise_multiplier=1.1))
-    hook(SimpleNamespace(noise_multiplier=0.9, accumulated_iterations=3))
-    hook(SimpleNamespace(noise_multiplier=0.9, accumulated_iterations=5))
-    assert accountant.history == [(1.1, 0.25, 1), (0.9, 0.75, 1), (0.9, 1.0, 1)]
+    hook(SimpleNamespace(noise_multiplier=0.9, accumulated_iterations=1))
+    assert accountant.history == [(1.1, 0.25, 1), (0.9, 0.25, 1)]
 
 
 def test_bad_input_is_named():
@@ -84,3 +83,24 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(ValueError, match=words):
             ask()
+
+
+def test_a_state_keeps_its_terms():
+    users = create_accountant("pld", examples_per_user=8)
+    users.step(noise_multiplier=1.0, sample_rate=0.01)
+    again = create_accountant("pld", examples_per_user=8)
+    again.load_state_dict(users.state_dict())
+    assert again.get_epsilon(1e-5) == users.get_epsilon(1e-5)
+    for other in (create_accountant("pld"), create_accountant("pld", examples_per_user=8, adjacency="zero-out")):
+        with pytest.raises(ValueError, match=r"state_dict is for (examples_per_user|adjacency)="):
+            other.load_state_dict(users.state_dict())
+    with pytest.raises(ValueError, match="and nothing more"):
+        create_accountant("pld").load_state_dict({"mechanism": "pld", "history": [(1.0, 0.1, 100, 10, 100)]})
+
+
+def test_draws_that_were_added_up_are_not_one_step():
+    class Accumulated:
+        noise_multiplier, accumulated_iterations = 1.0, 4
+
+    with pytest.raises(RuntimeError, match="4 draws were added up"):
+        create_accountant("pld").get_optimizer_hook_fn(0.25)(Accumulated())

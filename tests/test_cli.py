@@ -1,6 +1,8 @@
 """The fastclip command: one JSON object where asked, plain words otherwise, exit code 2 with the remedy for bad input."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -105,3 +107,10 @@ def test_check_finds_nothing_wrong_and_trains_nothing(own):
     assert answer["trained"] == answer["parameters"]
     assert answer["checked"] == 4
     assert "the same" in fastclip("check", *own).stdout
+
+
+def test_python_dash_m_is_the_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "fastclip", "account", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--noise-multiplier" in run.stdout

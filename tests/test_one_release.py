@@ -1,5 +1,7 @@
 """What is released once, with one C: sums left by others, rules that change, edits that no counter sees, threads."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -126,3 +128,53 @@ def test_after_a_secure_optimizer_a_plain_one_sums_plainly():
     backward(model)
     assert optimizer.clipper.sums.pending(model[0].weight).dtype == torch.float32
     optimizer.step()
+
+
+def physical(sampler):
+    data = [torch.randn(3) for _ in range(40)]
+    return fastclip.PoissonLoader(data, sampler, collate_fn=torch.stack, max_examples=4)
+
+
+def test_a_part_of_a_draw_is_not_released():
+    loader = physical(fastclip.PoissonSampler(40, steps=3, sample_rate=0.5))
+    model = net()
+    optimizer = wrap(model, sampler=loader, expected_batch_size=None, loss_reduction="sum")
+    for x in loader:
+        model(x).square().sum().backward()
+        if not loader.last_of_draw:
+            with pytest.raises(RuntimeError, match="is not its last"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_has_no_draw_to_release(duplicate):
+    sampler = fastclip.PoissonSampler(40, steps=1, sample_rate=0.5)
+    loader = fastclip.PoissonLoader([torch.randn(3) for _ in range(40)], sampler)
+    for _ in loader:
+        pass
+    for original in (sampler, loader):
+        other = duplicate(original)
+        if other.current_draw is not None:  # a shallow copy of a loader is a view of the same sampler
+            pytest.fail("the copy holds the original's draw")
+        optimizer = wrap(net(), sampler=other, expected_batch_size=None)
+        with pytest.raises(RuntimeError, match="no draw was handed out"):
+            backward(optimizer.clipper.model)
+        with pytest.raises(RuntimeError, match="no draw was handed out"):
+            optimizer.step()
+    assert duplicate(loader).current_indices is None
+
+
+def test_a_sum_is_not_released_under_the_next_draws_id():
+    sampler = fastclip.PoissonSampler(40, steps=3, sample_rate=1.0)
+    model = net()
+    optimizer = wrap(model, sampler=sampler, expected_batch_size=None)
+    for _ in sampler:
+        backward(model)
+        break
+    for _ in sampler:
+        with pytest.raises(RuntimeError, match="the sum waits for draw 0, but draw 1"):
+            optimizer.step()
+        break

@@ -138,7 +138,9 @@ def test_copies_take_a_key_of_their_own(kind):
     copies = [pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler), copy.copy(sampler)]
     assert len({sampler._secret._key, *(copied._secret._key for copied in copies), make(kind)._secret._key}) == 5
     assert sampler._secret._key not in pickle.dumps(sampler)
-    assert [copied.current_draw for copied in copies] == [0, 0, 0]
+    # The original's draw is not a copy's to release, and its id is not handed out again.
+    assert [copied.current_draw for copied in copies] == [None] * 3
+    assert [copied.released for copied in copies] == [1, 1, 1]
     draws = {str(next(iter(each))) for each in [sampler, *copies]}
     assert len(draws) == 4
 

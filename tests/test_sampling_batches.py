@@ -299,9 +299,12 @@ def test_a_draw_is_not_released_before_its_last_part():
     batches = iter(loader)
     model(next(batches)).mean().backward()
     assert loader.last_of_draw is False
-    optimizer.step()
-    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="is not its last"):
+        optimizer.step()
     x = next(batches)
     assert loader.last_of_draw is True
+    model(x).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="draw 0 was released already"):
         model(x).mean().backward()

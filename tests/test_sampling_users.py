@@ -14,6 +14,7 @@ from dp_accounting.pld import PLDAccountant
 from draws import RARE, Numbers, p_value, presence
 from scipy import stats
 
+import fastclip
 from fastclip.accounting import get_epsilon
 from fastclip.accounting.accountants import StepEvent, epsilon_of
 from fastclip.sampling import ExamplePoissonSampler, PoissonLoader, PoissonSampler, UserPoissonSampler, safe_max_batch
@@ -70,7 +71,7 @@ def test_units_of_examples():
 
 
 def test_ids_of_any_kind_are_compared_by_value():
-    for ids in (torch.tensor([5, 9, 5]), np.array([5, 9, 5]), [(1, "x"), None, (1, "x")]):
+    for ids in (torch.tensor([5, 9, 5]), np.array([5, 9, 5]), [(1, "x"), 0, (1, "x")]):
         sampler = UserPoissonSampler(ids, steps=1, sample_rate=0.5)
         assert sampler.num_units == 2
         assert sampler.unit_of([0, 1, 2]).tolist() == [0, 1, 0]
@@ -307,3 +308,9 @@ def test_accountants_hear_of_cut_draws(kind):
 
 def test_a_bound_that_never_cuts_is_no_cut():
     assert PoissonSampler(50, steps=1, sample_rate=0.1, max_batch=50).event(1.0) == StepEvent(1.0, 0.1)
+
+
+@pytest.mark.parametrize("make", [fastclip.UserPoissonSampler, lambda users, **_: fastclip.UserIndex.build(users)])
+def test_rows_of_nobody_are_refused(make):
+    with pytest.raises(ValueError, match=r"user_ids\[2\] is missing: rows of nobody"):
+        make(["a", "b", None, "a"], steps=1, sample_rate=0.5)

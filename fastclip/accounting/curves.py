@@ -32,7 +32,15 @@ from fastclip.accounting.accountants import (
     merge,
     warn_of,
 )
-from fastclip.accounting.pld import ROUNDING, compose, cut_probability, epsilon_at, finest_interval, prepared, refine
+from fastclip.accounting.pld import (
+    ROUNDING,
+    compose,
+    cut_probability,
+    epsilon_with_cuts,
+    finest_interval,
+    prepared,
+    refine,
+)
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -259,7 +267,8 @@ def _composed(whole: StepEvent, delta: float, users: int, adjacency: str, ends: 
     for start, end in zip([0, *ends], ends, strict=False):
         gap = gaps[end - start]
         spent = gap if spent is None else spent.compose(gap)
-        found.append(epsilon_at(spent, delta - end * ROUNDING))
+        cut = cut_probability([replace(whole, count=end)], users)
+        found.append(epsilon_with_cuts(spent, delta - end * ROUNDING, cut))
     return found
 
 

@@ -22,6 +22,7 @@ Guarantees and edge cases:
 import fcntl
 import json
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,6 +72,7 @@ class Ledger:
     def __init__(self, file: int, header: dict[str, Any]) -> None:
         self._file = file
         self._process = os.getpid()
+        self._reserving = threading.Lock()
         self._closer = weakref.finalize(self, os.close, file)
         self._end = 0
         self._runs: list[StepEvent] = []
@@ -206,6 +208,8 @@ class Ledger:
         """
         if max_batch is not None and num_units is None and self.examples_per_user is None:
             num_units = self.num_units
+        if num_units is not None and self.examples_per_user is None and num_units != self.num_units:
+            raise ValueError(f"num_units={num_units!r} is not this ledger's {self.num_units}; leave it out")
         event = StepEvent(noise_multiplier, sample_rate, 1, max_batch, num_units)
         self._check_accountable(event)
         if not self._closer.alive:
@@ -214,10 +218,14 @@ class Ledger:
             raise RuntimeError(
                 "this ledger was opened before a fork; only the process that opened it may reserve steps"
             )
-        self._check_budget(event)
-        self._write(_step_line(self.steps + 1, event, seeded))
-        self._count(event, seeded)
-        return self.steps
+        with self._reserving:
+            self._check_budget(event)
+            self._write(_step_line(self.steps + 1, event, seeded))
+            self._count(event, seeded)
+            return self.steps
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a ledger cannot be copied or pickled, two of them would count the same step; use Ledger.open")
 
     def events(self) -> list[StepEvent]:
         """The steps that are spent, in order, equal neighbours counted together."""

@@ -73,7 +73,7 @@ def refine(steps: Sequence[StepEvent], delta: float, users: int, adjacency: str)
     if left <= 0 or too_little_noise(steps, users, adjacency):
         return math.inf, 0.0
     span, cut = _span(steps, users, adjacency), cut_probability(steps, users)
-    return settle(lambda interval: _epsilon_with_cuts(compose(steps, users, interval, adjacency), left, cut), span)
+    return settle(lambda interval: epsilon_with_cuts(compose(steps, users, interval, adjacency), left, cut), span)
 
 
 def epsilon_by_direction(
@@ -94,7 +94,7 @@ def epsilon_by_direction(
     left = delta - ROUNDING * sum(step.count for step in steps)
     cut = cut_probability(steps, users)
     removing, adding = (
-        _epsilon_with_cuts(privacy_loss_distribution.PrivacyLossDistribution(pmf), left, cut)
+        epsilon_with_cuts(privacy_loss_distribution.PrivacyLossDistribution(pmf), left, cut)
         for pmf in (both._pmf_remove, both._pmf_add)
     )
     return min(removing, larger), min(adding, larger)
@@ -173,7 +173,7 @@ def epsilon_at(losses: Any, delta: float) -> float:
     return root + 2e-6
 
 
-def _epsilon_with_cuts(losses: Any, delta: float, cut: float) -> float:
+def epsilon_with_cuts(losses: Any, delta: float, cut: float) -> float:
     """`epsilon_at`, with (1 + e^epsilon) * cut taken from delta."""
     epsilon = epsilon_at(losses, delta)
     while cut > 0 and epsilon < _LARGEST_EPSILON_WITH_CUTS:

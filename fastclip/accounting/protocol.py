@@ -9,6 +9,8 @@ from typing import Any
 
 from fastclip.accounting.accountants import StepEvent, check_adjacency, check_count, epsilon_of, find
 
+_DEFAULTS = {"examples_per_user": None, "adjacency": "add/remove"}
+
 
 class PrivacyAccountant:
     """Counts steps and computes what they cost; made by `create_accountant`.
@@ -42,6 +44,9 @@ class PrivacyAccountant:
         steps = [StepEvent(*entry) for entry in self.history]
         return epsilon_of(steps, delta, self._name, self.examples_per_user, self.adjacency)
 
+    def _terms(self) -> dict[str, Any]:
+        return {"examples_per_user": self.examples_per_user, "adjacency": self.adjacency}
+
     def __len__(self) -> int:
         """How many steps were counted."""
         return sum(count for _, _, count in self.history)
@@ -53,20 +58,22 @@ class PrivacyAccountant:
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[Any], None]:
         """A function of an optimizer that counts its step, for `optimizer.attach_step_hook`.
 
-        It reads `optimizer.noise_multiplier` and, where there is one, `optimizer.accumulated_iterations`: so many
-        draws at `sample_rate` were added up, whose common rate is at most the sum of theirs.
+        It reads `optimizer.noise_multiplier`, and raises RuntimeError where `optimizer.accumulated_iterations` says that
+        several draws were added up: a unit in two of them counts double, which no rate expresses.
         """
 
         def count(optimizer: Any) -> None:
             draws = getattr(optimizer, "accumulated_iterations", 1)
-            self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=min(1.0, sample_rate * draws))
+            if draws != 1:
+                raise RuntimeError(f"{draws} draws were added up for one step: release each draw by a step of its own")
+            self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=sample_rate)
 
         return count
 
     def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
-        """{"history": ..., "mechanism": ...}, added to `destination` if there is one."""
+        """{"history": ..., "mechanism": ..., and the terms}, added to `destination` if there is one."""
         state = {} if destination is None else destination
-        state.update(history=list(self.history), mechanism=self._name)
+        state.update(history=list(self.history), mechanism=self._name, **self._terms())
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -84,6 +91,15 @@ class PrivacyAccountant:
                 f"state_dict is of mechanism={state_dict['mechanism']!r} and this is {self._name!r}; make an accountant "
                 "of the same mechanism, or call step for every step of its history"
             )
+        for name, value in self._terms().items():
+            # A state of Opacus' says neither, and means the defaults.
+            theirs = state_dict.get(name, _DEFAULTS[name])
+            if theirs != value:
+                raise ValueError(
+                    f"state_dict is for {name}={theirs!r} and this accountant for {value!r}; make it with the same"
+                )
+        if any(len(entry) != 3 for entry in state_dict["history"]):
+            raise ValueError("history must hold (noise_multiplier, sample_rate, count) and nothing more")
         events = [StepEvent(*entry) for entry in state_dict["history"]]
         self.history = [(event.noise_multiplier, event.sample_rate, event.count) for event in events]
 

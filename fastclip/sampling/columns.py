@@ -50,6 +50,9 @@ def chunks_of(users: Any, column: str | None) -> tuple[int, Iterator[Numbers]]:
     return count, _numbered(pieces)
 
 
+_NOBODY = ": rows of nobody protect nobody; name their users or drop them"
+
+
 def _numbered(pieces: Iterator[Any]) -> Iterator[Numbers]:
     numbers: dict[Hashable, int] = {}
     start = 0
@@ -64,6 +67,8 @@ def _numbered(pieces: Iterator[Any]) -> Iterator[Numbers]:
         except TypeError:
             _refuse(start, next(place for place, value in enumerate(values) if not _hashable(value)), values)
         for value in islice(numbers, known, None):
+            if value is None:
+                raise ValueError(f"user_ids[{start + values.index(None)}] is missing{_NOBODY}")
             # Equal to nothing but themselves, each would be its own user.
             if isinstance(value, torch.Tensor) or value != value:
                 _refuse(start, next(place for place, each in enumerate(values) if each is value), values)
@@ -97,9 +102,7 @@ def _encoded(piece: Any, start: int) -> tuple[list[Any], npt.NDArray[Any], int]:
         array = pa.concat_arrays(array.chunks)
     if array.null_count:
         first = next(place for place, missing in enumerate(array.is_null().to_pylist()) if missing)
-        raise ValueError(
-            f"user_ids[{start + first}] is missing: rows of nobody protect nobody; name their users or drop them"
-        )
+        raise ValueError(f"user_ids[{start + first}] is missing{_NOBODY}")
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False), len(array)
 

@@ -112,6 +112,10 @@ class PoissonLoader:
     def seeded(self) -> bool:
         return self.sampler.seeded
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The batch at hand is private, and its draw the original's to release.
+        return {**self.__dict__, "_held": None, "previous_draw": None}
+
     @property
     def current_draw(self) -> int | None:
         return None if self._held is None else self._held.draw

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 2**20
 # They belong to the draw and are private like it, so that no copy has them.
-_OF_THE_DRAW = ("current_units", "current_unit_ids", "previous_draw")
+_OF_THE_DRAW = ("current_draw", "current_units", "current_unit_ids", "previous_draw")
 
 
 def safe_max_batch(expected_batch_size: float) -> int:
@@ -99,6 +99,9 @@ class PoissonSampler(Sampler[list[int]]):
             check_count("max_batch", max_batch)
         self.num_units = int(num_units)
         self.num_examples = self.num_units
+        self.current_draw: int | None = (
+            None  # a copy has none until it hands one out: its original's is not its to release
+        )
         self.current_units: int | None = None
         self.current_unit_ids: Tensor | None = None
         self.previous_draw: int | None = None
@@ -117,11 +120,6 @@ class PoissonSampler(Sampler[list[int]]):
     def seeded(self) -> bool:
         """Whether a seed makes the draws repeatable, which voids every epsilon."""
         return self._secret.seeded
-
-    @property
-    def current_draw(self) -> int | None:
-        """The id of the draw most recently handed out; None before the first."""
-        return self.released - 1 if self.released else None
 
     def event(self, noise_multiplier: float) -> StepEvent:
         """What one step with a draw of this sampler costs; accountants get `examples_per_user` and `adjacency` with it.
@@ -161,6 +159,7 @@ class PoissonSampler(Sampler[list[int]]):
             self.released += 1
             units = self._units_of(self._secret.words(Purpose.UNITS, draw))
             indices, owners = self._examples_of(units, draw)
+            self.current_draw = draw
             self.current_units = len(units[self.rank :: self.world_size])
             if self.world_size > 1:
                 # Units in growing order and each one's examples together: an example's place among units is its owner's.

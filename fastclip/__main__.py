@@ -1,0 +1,5 @@
+"""`python -m fastclip`: the commands."""
+
+from fastclip.cli import main
+
+main()
