@@ -164,3 +164,9 @@ def test_picture_of_nothing_finite(tmp_path):
     path = tmp_path / "empty.png"
     draw(path, [Line("pld", [1, 2], [math.inf, math.inf], True)], title="no noise", budget=1.0, at_least=math.inf)
     assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("number", [0, -5])
+def test_an_impossible_number_of_units_is_one_line(number):
+    refused = fastclip(*ACCOUNT, "--num-units", number, code=2)
+    assert f"num_units={number}" in refused.stderr and refused.stderr.count("\n") == 1

@@ -17,7 +17,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 
-from fastclip.accounting.accountants import StepEvent, check_adjacency, evaluate, find, warn_of, warn_of_delta
+from fastclip.accounting.accountants import (
+    StepEvent,
+    check_adjacency,
+    check_count,
+    evaluate,
+    find,
+    warn_of,
+    warn_of_delta,
+)
 from fastclip.accounting.shuffle import shuffle_lower_bound
 
 SAMPLERS = ("poisson", "truncated poisson")
@@ -130,6 +138,8 @@ def guarantee_of(
     Warns (AccountingWarning) as `epsilon_of` does. Raises ValueError for bad input.
     """
     steps = list(steps)
+    if num_units is not None:
+        check_count("num_units", num_units, least=1)
     check_terms(unit, adjacency)
     if sampler == "shuffled" and not as_poisson:
         raise ValueError(
