@@ -77,7 +77,17 @@ def test_ids_of_any_kind_are_compared_by_value():
         assert sampler.unit_of([0, 1, 2]).tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("ids", [[], [1.0, float("nan")], [[1], [2]], [torch.tensor(1), torch.tensor(1)]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [],
+        [1.0, float("nan")],
+        [("a", float("nan")), ("a", float("nan"))],
+        [("a", ("b", float("nan")))],
+        [[1], [2]],
+        [torch.tensor(1), torch.tensor(1)],
+    ],
+)
 def test_ids_that_cannot_be_compared_are_refused(ids):
     with pytest.raises(ValueError, match="user_ids"):
         UserPoissonSampler(ids, steps=1, sample_rate=0.5)

@@ -50,6 +50,12 @@ def chunks_of(users: Any, column: str | None) -> tuple[int, Iterator[Numbers]]:
     return count, _numbered(pieces)
 
 
+def _unequal_to_itself(value: Any) -> bool:
+    if isinstance(value, tuple):  # which compares what it holds by identity first
+        return any(_unequal_to_itself(part) for part in value)
+    return isinstance(value, torch.Tensor) or bool(value != value)
+
+
 _NOBODY = ": rows of nobody protect nobody; name their users or drop them"
 
 
@@ -70,7 +76,7 @@ def _numbered(pieces: Iterator[Any]) -> Iterator[Numbers]:
             if value is None:
                 raise ValueError(f"user_ids[{start + values.index(None)}] is missing{_NOBODY}")
             # Equal to nothing but themselves, each would be its own user.
-            if isinstance(value, torch.Tensor) or value != value:
+            if _unequal_to_itself(value):
                 _refuse(start, next(place for place, each in enumerate(values) if each is value), values)
         if len(numbers) > _MOST_USERS:
             raise ValueError(f"there are more than {_MOST_USERS} users; fewer fit into an index")
