@@ -59,6 +59,7 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
     if clipper.owner is not None:
         clipper.owner.accept(units)
 
+    before = [(name, p, p._version) for name, p in clipper.model.named_parameters()]
     waiting = {p: p.grad for p in trainable}
     found: dict[Tensor, Tensor] = {}
     try:
@@ -70,6 +71,7 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
     finally:
         for p, grad in waiting.items():
             p.grad = grad
+    clipper.check_unwritten(before)
     if found:
         done = BackwardPass(clipper._finish)
         done.forwards.append(Forward(clipper, units, {}))

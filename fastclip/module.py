@@ -270,6 +270,10 @@ class Clipper:
             yield
         finally:
             stack.pop()
+        self.check_unwritten(before)
+
+    def check_unwritten(self, before: Sequence[tuple[str, Tensor, int]]) -> None:
+        """Raises RuntimeError if a parameter was written since: (name, parameter, version then)."""
         for name, p, version in before:
             if p._version != version:
                 raise RuntimeError(

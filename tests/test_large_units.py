@@ -108,3 +108,18 @@ def test_bad_input():
         clipper.accumulate_unit(2),
     ):
         pass
+
+
+class Writes(torch.nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.bias.copy_(x.mean(0)[: self.bias.numel()])
+        return super().forward(x)
+
+
+def test_a_model_that_writes_into_itself_is_refused_here_too():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), Writes(3, 2))
+    clipper = fastclip.attach(model, 1.0)
+    with pytest.raises(RuntimeError, match="published without noise"), clipper.accumulate_unit(1):
+        losses(model, torch.randn(2, 3)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())

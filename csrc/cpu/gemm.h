@@ -1,6 +1,6 @@
 // c [m, n] (+)= x y, on one thread: by the BLAS that torch carries, or by the kernel below where that is faster.
 //
-// MKL keeps AVX-512 for Intel's processors; on others with AVX-512 the kernel here reaches twice its rate (docs/performance.md).
+// MKL keeps AVX-512 for Intel's processors; on others that have it the kernel here uses it.
 // Panels of x and y are packed in the order in which they are read, converted to To and, for x, scaled; sums are over kDepth
 // products in registers, then over such blocks in c, so that rounding grows with kDepth + k / kDepth.
 #pragma once
