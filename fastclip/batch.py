@@ -16,8 +16,19 @@ _REMEDY = "say whose each example is, and which arguments belong to all: clipper
 _POSITIONS = ("position_ids", "cu_seqlens", "cache_position")
 
 
+class UnclearBatch(ValueError):
+    """The sizes of the inputs do not say how many examples there are."""
+
+
+def batch_dim_of(x: Tensor, dim: int) -> int:
+    """Where a model whose inputs are ``[*, B, ...]`` with B in ``dim`` has B in this one: a shorter one ends with it."""
+    return min(dim, x.dim() - 1)
+
+
 def leaf_names(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """The parameter name of each leaf of the call, in the order of ``tree_flatten((args, kwargs))``."""
+    while hasattr(forward, "original"):  # what stands in a method's place
+        forward = forward.original
     try:
         parameters = [p.name for p in inspect.signature(forward).parameters.values()]
     except (TypeError, ValueError):
@@ -34,31 +45,35 @@ def _tensors(names: Sequence[str], leaves: Sequence[Any]) -> list[tuple[str, Ten
     return [(n, x) for n, x in zip(names, leaves, strict=True) if isinstance(x, Tensor) and x.dim() > 0]
 
 
-def count_examples(names: Sequence[str], leaves: Sequence[Any], main_input: str | None) -> int:
-    """B, from the main input or from the one size that dim 0 of the inputs has. Raises ValueError where that is unclear."""
+def count_examples(names: Sequence[str], leaves: Sequence[Any], main_input: str | None, dim: int = 0) -> int:
+    """B, from the main input or from the one size that the inputs have in ``dim``. Raises UnclearBatch where there is none."""
     tensors = _tensors(names, leaves)
     for wanted in (main_input, "inputs_embeds"):
         for name, x in tensors:
             if name == wanted:
-                return x.shape[0]
-    sizes = {x.shape[0] for _, x in tensors} - {1} or {x.shape[0] for _, x in tensors}
+                return x.shape[batch_dim_of(x, dim)]
+    every = {x.shape[batch_dim_of(x, dim)] for _, x in tensors}
+    sizes = every - {1} or every
     if len(sizes) != 1:
         shapes = {name: list(x.shape) for name, x in tensors}
-        raise ValueError(f"cannot tell the batch from inputs of shapes {shapes}: {_REMEDY}")
+        raise UnclearBatch(f"cannot tell the batch from inputs of shapes {shapes}: {_REMEDY}")
     return sizes.pop()
 
 
-def batched_leaves(names: Sequence[str], leaves: Sequence[Any], examples: int, shared: Sequence[str]) -> list[bool]:
-    """For each leaf, whether dim 0 counts examples. shared: names of arguments that belong to all examples.
+def batched_leaves(
+    names: Sequence[str], leaves: Sequence[Any], examples: int, shared: Sequence[str], dim: int = 0
+) -> list[bool]:
+    """For each leaf, whether its batch dimension counts examples. shared: names of arguments that belong to all examples.
 
-    Raises ValueError for an argument whose size is neither B nor 1 and that is not named as shared.
+    Raises UnclearBatch for an argument whose size is neither B nor 1 and that is not named as shared.
     """
     flags = []
     for name, x in zip(names, leaves, strict=True):
         has_rows = isinstance(x, Tensor) and x.dim() > 0 and name not in shared
-        flags.append(has_rows and x.shape[0] == examples)
-        if has_rows and x.shape[0] not in (examples, 1):
-            raise ValueError(f"{name} has {x.shape[0]} rows for {examples} examples: {_REMEDY}")
+        rows = x.shape[batch_dim_of(x, dim)] if has_rows else 0
+        flags.append(has_rows and rows == examples)
+        if has_rows and rows not in (examples, 1):
+            raise UnclearBatch(f"{name} has {rows} rows for {examples} examples: {_REMEDY}")
     if examples and not any(flags):
         shapes = {name: list(x.shape) for name, x in _tensors(names, leaves)}
         raise ValueError(f"there are {examples} examples, but the inputs have shapes {shapes}: one id per example")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastclip.backward import BackwardPass
+from fastclip.forward import Forward
 from fastclip.tape import PerUnit
 from fastclip.units import PrivacyUnits
 
@@ -36,8 +37,6 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
     Raises ValueError for bad arguments, RuntimeError for gradients that were changed or released, for a unit that is in the
     sum already, and inside another such context; nothing has changed then.
     """
-    from fastclip.module import Forward  # which needs this file
-
     if isinstance(unit_id, bool) or not isinstance(unit_id, int):
         raise ValueError(f"unit_id must be an int, the unit's id, got {unit_id!r}")
     if reduction not in ("sum", "mean"):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils._pytree import tree_flatten, tree_map
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,22 @@ def call_key(model: nn.Module, leaves: Sequence[Any], spec: Any, examples: int |
 
 def _is_switch(x: Any) -> bool:
     return x is None or isinstance(x, bool | str)
+
+
+def padded(tree: Any) -> Any:
+    """The same with every PackedSequence as a tensor ``[B, T, ...]``, whose rows can be told apart."""
+    return tree_map(
+        lambda x: pad_packed_sequence(x, batch_first=True)[0] if isinstance(x, PackedSequence) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, PackedSequence),
+    )
+
+
+def unpacked(tree: Any) -> Any:
+    """The same without its PackedSequences."""
+    return tree_map(
+        lambda x: None if isinstance(x, PackedSequence) else x, tree, is_leaf=lambda x: isinstance(x, PackedSequence)
+    )
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:

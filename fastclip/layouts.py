@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from fastclip.routing import CALL, LayerRoute
 from fastclip.trial import Probe, trial
 from fastclip.units import PrivacyUnits
 
-Laws = dict[str, Law]
+Laws = Mapping[str, Law]
 
 
 class Layouts:
@@ -22,8 +22,9 @@ class Layouts:
     probe: the trial that is running, where layers report; None outside one.
     """
 
-    def __init__(self, model: nn.Module, strict: bool) -> None:
+    def __init__(self, model: nn.Module, strict: bool, batch_dim: int = 0) -> None:
         self._model, self._strict = model, strict
+        self.batch_dim = batch_dim  # of the model's inputs
         self._known: dict[tuple[Any, ...], Laws] = {}
         self.probe: Probe | None = None
 
@@ -56,15 +57,17 @@ class Layouts:
             own = [x for name, x in zip(names, leaves, strict=True) if name not in shared]
             own_names = [name for name in names if name not in shared]
             examples = (
-                batch.count_examples(own_names, own, main_input) if units is None else int(units.num_examples or 0)
+                batch.count_examples(own_names, own, main_input, self.batch_dim)
+                if units is None
+                else int(units.num_examples or 0)
             )
-            flags = batch.batched_leaves(names, leaves, examples, shared)
+            flags = batch.batched_leaves(names, leaves, examples, shared, self.batch_dim)
             key = call_key(self._model, leaves, spec, examples)
             units = PrivacyUnits.examples(examples) if units is None else units
             anything = examples > 0
         if key in self._known or not anything:
             return units, self._known.get(key, {})
-        probe = Probe(self._model, original, names, leaves, spec, flags)
+        probe = Probe(self._model, original, names, leaves, spec, flags, self.batch_dim)
         self._try(probe, units if packed else None, layers)
         if (
             probe.changed or not self._strict

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -22,10 +22,11 @@ from torch.utils.hooks import unserializable_hook
 from fastclip import plan, tape, validation
 from fastclip.backward import BackwardPass, BackwardPasses, in_backward
 from fastclip.clipping import ClippingRule, check_norm, make_rule
+from fastclip.forward import Forward
 from fastclip.large_units import accumulate_unit
+from fastclip.layers import Rule, find_rule
 from fastclip.layers.bare import Targets
 from fastclip.layers.site import no_autocast
-from fastclip.layout import Law
 from fastclip.layouts import Layouts
 from fastclip.precision import full_precision
 from fastclip.routing import LayerRoute, MethodRoute, RootRoute, Route
@@ -44,52 +45,6 @@ class Owner(Protocol):
     def added(self, units: PrivacyUnits | None) -> None: ...
 
 
-class Forward:
-    """One forward of the attached model: its units, and whether its one backward is done."""
-
-    def __init__(self, clipper: Clipper, units: PrivacyUnits, laws: dict[str, Law]) -> None:
-        self._clipper = clipper
-        self.units = units
-        self.laws = laws
-        self.finished = False
-
-    @property
-    def examples(self) -> int:
-        assert self.units.unit_of is not None
-        return self.units.unit_of.numel()
-
-    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
-        if not self._clipper.attached:
-            raise RuntimeError("the clipper was detached between forward and backward: run the forward again")
-        if not param.is_leaf:
-            raise RuntimeError(
-                "a layer ran with a weight that is computed, not a parameter: its gradient cannot be followed"
-            )
-        if self.finished:
-            raise RuntimeError(
-                "a second backward through one forward: a unit's gradient must be whole before it is clipped; add the "
-                "losses and call backward() once"
-            )
-        self._clipper.passes.current().add(param, block, entry, self)
-
-    @contextmanager
-    def one_row(self, row: int, rows: int) -> Iterator[None]:
-        whole = self.units
-        self.units = whole.narrow(row * self.examples // rows)
-        try:
-            yield
-        finally:
-            self.units = whole
-
-    def same_units(self, other: Forward) -> bool:
-        mine, theirs = self.units, other.units
-        if mine.num_units != theirs.num_units or mine.ids != theirs.ids or mine.mean != theirs.mean:
-            return False
-        if mine.unit_of is None or theirs.unit_of is None:
-            return mine.unit_of is theirs.unit_of
-        return torch.equal(mine.unit_of, theirs.unit_of)
-
-
 class Clipper:
     """What :func:`attach` returns.
 
@@ -106,7 +61,7 @@ class Clipper:
         self.attached = False
         self.sums = GradientSums()
         self.passes = BackwardPasses(self._finish)
-        self.layouts = Layouts(model, strict)
+        self.layouts = self._make_layouts()
         self.owner: Owner | None = None  # the optimizer that releases the sums
         self.unit_norms = torch.zeros(0)
         self._nonfinite = torch.zeros((), dtype=torch.int64)
@@ -121,6 +76,9 @@ class Clipper:
         self._local = threading.local()
         self._finishing = threading.Lock()
         self._open_units = 0
+
+    def _make_layouts(self) -> Layouts:
+        return Layouts(self.model, self.strict)
 
     @property
     def num_groups(self) -> int:
@@ -219,6 +177,12 @@ class Clipper:
         """Try the model again at the next forward, after a change of its code that its modules do not show."""
         self.layouts.forget()
 
+    def begin(self) -> None:
+        """Put the routes into the model; :func:`attach` has checked it."""
+        self.refresh()
+        self.attached = True
+        _CLIPPERS[id(self.model)] = self
+
     def detach(self) -> None:
         """Leave the model as it was before :func:`attach`. Gradients stay where they are."""
         for routes in self._routes.values():
@@ -281,6 +245,17 @@ class Clipper:
                     "before training, from data that is public"
                 )
 
+    def refuse_second_backward(self) -> None:
+        """Called for an entry of a forward whose backward is done. Raises RuntimeError."""
+        raise RuntimeError(
+            "a second backward through one forward: a unit's gradient must be whole before it is clipped; add the "
+            "losses and call backward() once"
+        )
+
+    def rule_of(self, module: nn.Module) -> Rule | None:
+        """What runs in place of the module's forward; None where its parameters are followed in its own code."""
+        return find_rule(module)
+
     def current_forward(self, layer: str) -> Forward:
         """The forward that a layer's call belongs to. Raises RuntimeError where there is none, or no telling which."""
         stack = getattr(self._local, "forwards", None)
@@ -316,7 +291,7 @@ class Clipper:
             self._names = trainable
 
     def _install(self) -> None:
-        planned = plan.plan_routes(self.model)
+        planned = plan.plan_routes(self.model, self.rule_of)
         for module, routes in list(self._routes.items()):
             layer = next((r for r in routes if isinstance(r, LayerRoute)), None)
             rule, targets = planned.get(module, (None, ()))
@@ -356,21 +331,13 @@ class Clipper:
         units = done.forwards[0].units
         if not all(f.same_units(done.forwards[0]) for f in done.forwards):
             raise RuntimeError("one backward covers forwards with different units: call backward() once for each")
-        if self.strict and len(done.forwards) > 1 and units.ids is None:
-            raise RuntimeError(
-                "one backward covers several forwards: say by clipper.units(ids=...) around each whose examples they are, so "
-                "that those of one unit are clipped together and those of two apart"
-            )
         trainable = self.parameters()
-        for p, name in trainable.items():
-            self.sums.check(name, p)
         for q, _, _ in done.entries:
             if q not in self._group or q not in trainable:
                 raise RuntimeError(
                     "the set of trainable parameters changed between forward and backward: run the forward again"
                 )
-        if self.owner is not None:
-            self.owner.accept(units)
+        self._accept(done, units, trainable)
         with (
             torch.no_grad(),
             full_precision(),
@@ -378,22 +345,38 @@ class Clipper:
             no_autocast(next(iter(done.entries))[0].device.type),
         ):
             done.entries = tape.separate(done.entries)
-            outcome = self._clip(done, units)
-            try:
-                self._add(done, outcome.factors)
-            except BaseException:
-                # Half a sum is no sum: the logical batch starts again from zero.
-                self.sums.clear()
-                for p in trainable:
-                    p.grad = None
-                if self.owner is not None:
-                    self.owner.added(None)
-                raise
-        self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
+            self._use(done, units, trainable)
         for f in done.forwards:
             f.finished = True
         if self.owner is not None:
             self.owner.added(units)
+
+    def _accept(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
+        """Raises RuntimeError if this backward may not enter the sum; nothing has changed then."""
+        if self.strict and len(done.forwards) > 1 and units.ids is None:
+            raise RuntimeError(
+                "one backward covers several forwards: say by clipper.units(ids=...) around each whose examples they are, so "
+                "that those of one unit are clipped together and those of two apart"
+            )
+        for p, name in trainable.items():
+            self.sums.check(name, p)
+        if self.owner is not None:
+            self.owner.accept(units)
+
+    def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
+        """Clip and add what a backward entered."""
+        outcome = self._clip(done, units)
+        try:
+            self._add(done, outcome.factors)
+        except BaseException:
+            # Half a sum is no sum: the logical batch starts again from zero.
+            self.sums.clear()
+            for p in trainable:
+                p.grad = None
+            if self.owner is not None:
+                self.owner.added(None)
+            raise
+        self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
 
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
         device = next(iter(done.entries))[0].device
@@ -404,12 +387,16 @@ class Clipper:
             found.square[k] += of.square.to(device)
             found.bound[k] += of.bound.to(device)
             found.spread[k] += of.spread.to(device)
+        return tape.clip(found, self.weights(units).to(device), self.rule, self._spread_limit)
+
+    def weights(self, units: PrivacyUnits) -> Tensor:
+        """fp64 ``[U]``: what a unit's sum of rows' gradients is to be multiplied by to be its gradient."""
         scale = torch.ones(units.num_units, dtype=torch.float64)
         if units.mean:
             scale /= units.examples_per_unit
         if self.loss_reduction == "mean":
             scale *= float(units.num_examples or 0)
-        return tape.clip(found, scale.to(device), self.rule, self._spread_limit)
+        return scale
 
     def _add(self, done: BackwardPass, factors: Tensor) -> None:
         """Sums of all slots; entries are dropped as they are used. factors: ``[K, U]``."""
@@ -471,12 +458,10 @@ def attach(
     validation.check_model(model, strict)
     clipper = Clipper(model, rule, loss_reduction, strict)
     try:
-        clipper.refresh()
+        clipper.begin()
     except BaseException:
         clipper.detach()
         raise
-    clipper.attached = True
-    _CLIPPERS[id(model)] = clipper
     return clipper
 
 

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastclip.layers import Rule, find_rule
+from fastclip.layers import Rule
 from fastclip.layers.bare import Targets
 
 Plan = dict[nn.Module, tuple[Rule | None, Targets]]
 
 
-def plan_routes(model: nn.Module) -> Plan:
+def plan_routes(model: nn.Module, rule_of: Callable[[nn.Module], Rule | None]) -> Plan:
     """For every module that owns parameters: its rule (None: bare parameters) and where those parameters are held.
 
-    A parametrized module owns what its parametrizations hold; multi-head attention owns its output projection, whose
-    forward it does not call.
+    A parametrized module owns what its parametrizations hold, and a layer what its rule says (``register_layer``); multi-head
+    attention holds its output projection, whose forward it does not call.
     """
-    inside = {m for module in model.modules() if parametrize.is_parametrized(module) for m in _parametrizations(module)}
+    inside: set[nn.Module] = set()
     plan: Plan = {}
-    for module in model.modules():
+    for module in model.modules():  # parents come before children
         if module in inside:
             continue
-        holders = [module]
+        rule = rule_of(module)
+        owned = list(getattr(rule, "owns", lambda module: ())(module))
         if parametrize.is_parametrized(module):
-            holders += _parametrizations(module)
+            owned += _parametrizations(module)
+        inside.update(owned)
+        holders = [module, *owned]
         if isinstance(module, nn.MultiheadAttention):
             holders.append(module.out_proj)
         targets = [(h, name) for h in holders for name, p in h._parameters.items() if p is not None]
         if targets:
-            plan[module] = (find_rule(module), targets)
+            plan[module] = (rule, targets)
     return plan
 
 

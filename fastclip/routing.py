@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastclip.backward import in_backward
+from fastclip.batch import batch_dim_of
 from fastclip.layers.bare import Targets, params_of, run_copies, run_loop
 from fastclip.layers.calls import Catch, caught_by_function, run_caught
 from fastclip.layers.registry import Rule
@@ -21,7 +22,8 @@ from fastclip.layers.site import Site
 from fastclip.layout import Law, packed_rows, primary
 
 if TYPE_CHECKING:
-    from fastclip.module import Clipper, Forward
+    from fastclip.forward import Forward
+    from fastclip.module import Clipper
 
 
 CALL = "()"  # behind a module's name: the caught call inside it
@@ -100,7 +102,8 @@ class LayerRoute(Route):
             with Catch(self.module.weight, partial(self._run_caught, forward)):  # type: ignore[arg-type]
                 return self.original(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
-        first = primary(leaves)
+        rows_of = getattr(self.rule, "rows_of", None)
+        first = primary(leaves) if rows_of is None else rows_of(*args, **kwargs)
         packed = forward.units.num_rows
         if packed is not None:
             return self._run_packed(forward, first, packed, args, kwargs)
@@ -142,7 +145,9 @@ class LayerRoute(Route):
         """The law found on the first forward of this kind. Refuses what it does not cover; guesses nothing."""
         law = forward.laws.get(name)
         if law is None and forward.examples == 0 and x is not None:
-            return Law(None if x.shape[0] == 1 else 0, False, ())  # no example, so no rows to tell apart
+            # No example, so no rows to tell apart.
+            dim = batch_dim_of(x, self.clipper.layouts.batch_dim)
+            return Law(None if x.shape[dim] == 1 else dim, False, ())
         if law is None:
             raise ValueError(
                 f"{self.name or 'the model'} did not run when the model was tried on its first batch, so nothing is known of "

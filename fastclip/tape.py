@@ -50,10 +50,16 @@ class LinearRows:
 
     def per_unit(self, shape: torch.Size) -> Tensor:
         """[U, p, d]."""
-        parts = self.segments.offsets.tolist()
+        num_units, parts = self.segments.num_units, self.segments.offsets.tolist()
         dtype = accumulation_dtype(self.g.dtype)
-        rows = [slice(i, j) for i, j in pairwise(parts)]
-        return torch.stack([self.g[r].to(dtype).mT @ self.a[r].to(dtype) for r in rows]).view(-1, *shape)
+        a, g = self.a.to(dtype), self.g.to(dtype)
+        if len({j - i for i, j in pairwise(parts)}) == 1 and a.numel() and g.numel():
+            out = g.view(num_units, -1, g.shape[1]).mT @ a.view(num_units, -1, a.shape[1])
+        else:
+            out = g.new_empty(num_units, g.shape[1], a.shape[1])
+            for u, (i, j) in enumerate(pairwise(parts)):
+                out[u] = g[i:j].mT @ a[i:j]
+        return out.view(num_units, *shape)
 
     def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:
         ops.clipped_gemm(self.a, self.g, self.segments.offsets, factors, out, accumulate=accumulate)

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fastclip.batch import batch_dim_of
 from fastclip.copies import Run, choose, no_batch_dim, same
 from fastclip.coupling import Gradients, Outputs, coupled, gradients, weights
 from fastclip.layers.bare import Targets
-from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows
+from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows, padded, unpacked
 from fastclip.trial_modes import NoDropout, Picks, differentiable
 from fastclip.units import PrivacyUnits
 
@@ -38,12 +39,18 @@ _SAME_SHAPE = 1e-5
 _OTHER_SHAPE = 1e-4
 
 
+class CannotTry(ValueError):
+    """The model does not run on a few examples of its batch."""
+
+
 def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
     """Another value of the same kind for one example x ``[...]``: valid ids stay valid, masks stay masks.
 
     name: the argument's. others: ``[n, ...]``, the batch's own rows. strongly: grow values instead of shrinking them, end a
     mask of ones earlier, ignore half of the labels.
     """
+    if "length" in name:
+        return x  # must fit the rest of the example, and may have to be in order
     if x.is_floating_point():
         flipped = x.flip(-1) if x.dim() else x
         return flipped * -3 + 0.5 if strongly else flipped * 0.9 + 0.05
@@ -78,8 +85,10 @@ class Probe:
         leaves: Sequence[Any],
         spec: Any,
         batched: Sequence[bool],
+        batch_dim: int = 0,
     ) -> None:
         self._model, self._forward, self._spec = model, forward, spec
+        self._batch_dim = batch_dim  # of the arguments
         self._names, self._leaves, self._batched = names, leaves, batched
         self._buffers = {name: b.clone() for name, b in model.named_buffers()}
         self._left: dict[str, Tensor] = {}  # buffers as the last run left them
@@ -103,11 +112,14 @@ class Probe:
         if self._visit is not None:
             return self._visit(name, forward, args)
         if self._keep is not None:
-            kept = [self._keep(name, x.detach()).clone() if isinstance(x, Tensor) else None for x in tree_leaves(args)]
+            leaves = tree_leaves(padded(args))
+            kept = [self._keep(name, x.detach()).clone() if isinstance(x, Tensor) else None for x in leaves]
             self._seen.setdefault(name, []).append(kept)
         out = forward(*args[0], **args[1])
         if self._outputs is not None:
-            self._outputs += [(name, x) for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+            self._outputs += [
+                (name, x) for x in tree_leaves(unpacked(out)) if isinstance(x, Tensor) and x.requires_grad
+            ]
         return out
 
     def _call(self, inputs: Sequence[Any], keep: Callable[[str, Tensor], Tensor] | None) -> list[Any]:
@@ -122,14 +134,14 @@ class Probe:
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             if self._visit is not None:
                 raise
-            raise ValueError(
+            raise CannotTry(
                 f"the model could not run on a few examples of its first batch ({type(error).__name__}: {error}): expand "
                 "inputs to one row per example, or name those that belong to all by clipper.units(..., shared=[...])"
             ) from error
         finally:
             self._keep = None
         self._left = {name: b.clone() for name, b in self._model.named_buffers()}
-        return _output_leaves(out, set())
+        return _output_leaves(padded(out), set())
 
     def _restore(self) -> None:
         for name, b in self._model.named_buffers():
@@ -146,12 +158,14 @@ class Probe:
         inputs = []
         for name, leaf, is_batched in zip(self._names, self._leaves, self._batched, strict=True):
             if is_batched:
-                others = leaf.detach()
-                leaf = others[torch.arange(examples, device=leaf.device) % leaf.shape[0]]
+                dim = batch_dim_of(leaf, self._batch_dim)
+                others = leaf.detach().movedim(dim, 0)
+                leaf = others[torch.arange(examples, device=leaf.device) % others.shape[0]]
                 for i in changed:
                     other = change(name, leaf[i], others, strongly=i in strongly)
                     self.changed = self.changed or not torch.equal(other, leaf[i])
                     leaf[i] = other
+                leaf = leaf.movedim(0, dim)
             inputs.append(leaf)
         return inputs
 
@@ -268,7 +282,8 @@ class Probe:
 
     def _check_whole_batch(self) -> None:
         """Three examples have the same rows in the whole batch as alone."""
-        examples = next((x.shape[0] for x, b in zip(self._leaves, self._batched, strict=True) if b), 0)
+        batched = (x for x, b in zip(self._leaves, self._batched, strict=True) if b)
+        examples = next((x.shape[batch_dim_of(x, self._batch_dim)] for x in batched), 0)
         if examples <= 3:
             return
 

@@ -113,10 +113,10 @@ class PrivacyUnits:
         assert self.unit_of is not None
         return torch.bincount(self.unit_of, minlength=self.num_units)
 
-    def narrow(self, example: int) -> PrivacyUnits:
-        """The same units, seen by a computation that runs this one example alone."""
+    def select(self, examples: Tensor) -> PrivacyUnits:
+        """The same units, seen by a computation that runs these examples alone. examples: int64 ``[b]``, any order."""
         assert self.unit_of is not None
-        return PrivacyUnits(self.num_units, 1, self.unit_of[example : example + 1], mean=self.mean)
+        return PrivacyUnits(self.num_units, examples.numel(), self.unit_of[examples.to("cpu")], mean=self.mean)
 
     def segments(self, rows: int, device: torch.device) -> Segments:
         """Segments of a tensor with ``rows`` rows: ``rows / B`` consecutive rows an example, or the packed rows.

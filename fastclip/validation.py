@@ -28,7 +28,7 @@ def check_model(model: nn.Module, strict: bool) -> None:
         problems += [
             f"{name or 'the model'} ({type(m).__name__}): {why}"
             for name, m in model.named_modules()
-            if (why := _mixes(m))
+            if (why := mixes(m))
         ]
     if problems:
         raise ValueError("this model cannot be trained privately:\n  " + "\n  ".join(problems))
@@ -65,7 +65,7 @@ def _wrong(module: nn.Module) -> str | None:
     return None
 
 
-def _mixes(module: nn.Module) -> str | None:
+def mixes(module: nn.Module) -> str | None:
     """What lets one example influence another."""
     if isinstance(module, _BatchNorm) and (module.training or _trains(module)):
         return "batch statistics mix examples; use GroupNorm or LayerNorm, or freeze it and keep it in eval mode"

@@ -46,7 +46,12 @@ def embedding_layer(site: Site, module: nn.Embedding, input: Tensor) -> Tensor:
     return embedding(site, input, module.weight, module.padding_idx)
 
 
-@register_layer(nn.EmbeddingBag, norm="segment sums by (unit, id)")
+def _bags(input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    """Bags are rows: ids ``[B, L]``, or ids ``[N]`` with the start of each bag in offsets ``[B]``."""
+    return input if offsets is None else offsets
+
+
+@register_layer(nn.EmbeddingBag, norm="segment sums by (unit, id)", rows_of=_bags)
 def embedding_bag_layer(
     site: Site,
     module: nn.EmbeddingBag,
@@ -54,16 +59,28 @@ def embedding_bag_layer(
     offsets: Tensor | None = None,
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """Bags of one length, ids ``[B, L]``, mode "sum" or "mean"; padding_idx neither counts nor is summed."""
+    """Modes "sum" and "mean"; padding_idx neither counts nor is summed. An id that is twice in a bag counts twice."""
     site.need_batch_first()
-    if input.dim() != 2 or offsets is not None:
-        raise ValueError(f"{site.name}: EmbeddingBag needs ids of shape [B, L] without offsets: pad bags to one length")
+    if input.dim() == 1 and offsets is None:
+        raise ValueError(f"{site.name}: ids of shape [N] need offsets, the start of each example's bag")
     if per_sample_weights is not None and per_sample_weights.requires_grad:
         raise ValueError(f"{site.name}: per_sample_weights must not require grad; use an Embedding and a weighted sum")
+    padding_idx = module.padding_idx
     keep = torch.ones_like(input, dtype=module.weight.dtype)
-    if module.padding_idx is not None:
-        keep = (input != module.padding_idx).to(keep.dtype)
+    if padding_idx is not None:
+        padding_idx %= module.num_embeddings
+        keep = (input != padding_idx).to(keep.dtype)
+    if offsets is None:
+        bag_of, count = None, keep.sum(1, keepdim=True)
+    else:
+        lengths = torch.diff(offsets, append=offsets.new_tensor([input.numel()]))
+        bag_of = torch.repeat_interleave(torch.arange(offsets.numel(), device=input.device), lengths)  # [N]
+        count = keep.new_zeros(offsets.numel()).index_add_(0, bag_of, keep)[bag_of]
+        site = site.of(bag_of)
     weights = keep if per_sample_weights is None else keep * per_sample_weights
     if module.mode == "mean":
-        weights = keep / keep.sum(1, keepdim=True).clamp_min(1)
-    return _Embedding.apply(module.weight, input, weights, module.padding_idx, site).sum(1)
+        weights = keep / count.clamp_min(1)
+    rows = _Embedding.apply(module.weight, input, weights, padding_idx, site)
+    if bag_of is None or offsets is None:
+        return rows.sum(1)
+    return rows.new_zeros(offsets.numel(), rows.shape[1]).index_add(0, bag_of, rows)

@@ -8,10 +8,10 @@ instance (a library that patches ``layer.forward``): the rule would compute some
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Rule = Callable[..., Any]
 
@@ -21,10 +21,17 @@ _DOC: dict[type[nn.Module] | str, str] = {}
 _OUTSIDE_FORWARD = {"reset_parameters", "extra_repr", "_reset_parameters"}
 
 
-def register_layer(*types: type[nn.Module] | str, norm: str = "per-unit gradient") -> Callable[[Rule], Rule]:
+def register_layer(
+    *types: type[nn.Module] | str,
+    norm: str = "per-unit gradient",
+    owns: Callable[[Any], Iterable[nn.Module]] | None = None,
+    rows_of: Callable[..., Tensor | None] | None = None,
+) -> Callable[[Rule], Rule]:
     """Register a rule for layer types, given as classes or as qualified names ("package.module.Class").
 
-    norm: how the norm is found, for the table of supported layers. Raises ValueError if a type is registered already.
+    norm: how the norm is found, for the table of supported layers. owns: modules inside it whose parameters the rule takes care
+    of. rows_of: from the call's arguments, the tensor whose batch dimension counts the examples; the first one by default.
+    Raises ValueError if a type is registered already.
     """
 
     def register(rule: Rule) -> Rule:
@@ -32,6 +39,9 @@ def register_layer(*types: type[nn.Module] | str, norm: str = "per-unit gradient
             if cls in _RULES:
                 raise ValueError(f"{cls} is registered already, with {_RULES[cls].__qualname__}")
             _RULES[cls], _DOC[cls] = rule, norm
+        for name, value in (("owns", owns), ("rows_of", rows_of)):
+            if value is not None:
+                setattr(rule, name, value)
         return rule
 
     return register
@@ -42,8 +52,9 @@ def find_rule(module: nn.Module) -> Rule | None:
 
     A parameter that is not a plain attribute (a parametrization, say) is beyond every rule: None.
     """
-    if any(name not in module._parameters for name in ("weight", "bias") if hasattr(module, name)):
-        return None
+    for name in ("weight", "bias"):
+        if name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
+            return None
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(_qualified_name(cls))
         if rule is not None:

@@ -39,6 +39,12 @@ class Site:
         self.rows = rows
         self.batch_dim = batch_dim
 
+    def of(self, examples: Tensor) -> Site:
+        """The same where each row is one of these examples. examples: int64 ``[b]``, any number of times each."""
+        site = Site(self.recorder, self.name, examples.numel())
+        site.units = self.units.select(examples)
+        return site
+
     def batch_first(self) -> Site:
         """The same site for tensors whose dim 0 counts examples."""
         return Site(self.recorder, self.name, self.rows)

@@ -1,0 +1,60 @@
+"""One forward of an attached model: whose its examples are, and where its layers report in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastclip import tape
+from fastclip.layout import Law
+from fastclip.units import PrivacyUnits
+
+if TYPE_CHECKING:
+    from fastclip.module import Clipper
+
+
+class Forward:
+    """One forward of the attached model: its units, and whether its one backward is done."""
+
+    def __init__(self, clipper: Clipper, units: PrivacyUnits, laws: Mapping[str, Law]) -> None:
+        self._clipper = clipper
+        self.units = units
+        self.laws = laws
+        self.finished = False
+
+    @property
+    def examples(self) -> int:
+        assert self.units.unit_of is not None
+        return self.units.unit_of.numel()
+
+    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
+        if not self._clipper.attached:
+            raise RuntimeError("the clipper was detached between forward and backward: run the forward again")
+        if not param.is_leaf:
+            raise RuntimeError(
+                "a layer ran with a weight that is computed, not a parameter: its gradient cannot be followed"
+            )
+        if self.finished:
+            self._clipper.refuse_second_backward()
+        self._clipper.passes.current().add(param, block, entry, self)
+
+    @contextmanager
+    def one_row(self, row: int, rows: int) -> Iterator[None]:
+        whole = self.units
+        self.units = whole.select(torch.tensor([row * self.examples // rows]))
+        try:
+            yield
+        finally:
+            self.units = whole
+
+    def same_units(self, other: Forward) -> bool:
+        mine, theirs = self.units, other.units
+        if mine.num_units != theirs.num_units or mine.ids != theirs.ids or mine.mean != theirs.mean:
+            return False
+        if mine.unit_of is None or theirs.unit_of is None:
+            return mine.unit_of is theirs.unit_of
+        return torch.equal(mine.unit_of, theirs.unit_of)

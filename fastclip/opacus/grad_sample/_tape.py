@@ -1,0 +1,228 @@
+"""The engine under Opacus' wrappers: a clipper whose backwards are kept for an optimizer to clip, or clipped at once.
+
+Opacus' contract is that a wrapped model answers per-example gradients and leaves clipping to the optimizer's step, where C is
+known. So a :class:`SampleTape` keeps what a backward entered, factors and not gradients, until the step or `zero_grad`; a
+:class:`GhostTape` knows C, clips at the end of the backward and keeps norms alone.
+
+Guarantees: those of `fastclip.module` for what is entered (every trainable parameter's every use, no example in another's
+rows); what is kept is clipped by the bits that it is summed from; what was used by a step is not used again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastclip import tape
+from fastclip.backward import BackwardPass
+from fastclip.clipping import ClippingRule, make_rule
+from fastclip.layers import Rule
+from fastclip.layers.registry import find_rule
+from fastclip.layouts import Layouts
+from fastclip.module import Clipper
+from fastclip.opacus.grad_sample._layouts import DeclaredLayouts
+from fastclip.opacus.grad_sample._parameter import adopt, release
+from fastclip.opacus.grad_sample._samplers import sampled_rule
+from fastclip.reference import accumulation_dtype
+from fastclip.tape import Entry, Measure, PerUnit
+from fastclip.units import PrivacyUnits
+
+
+class Batch:
+    """What one backward entered, of B examples. weights: fp64 ``[B]``, what makes an example's gradient of its entries."""
+
+    def __init__(self, slots: Mapping[tape.Slot, list[Entry]], weights: Tensor) -> None:
+        self.slots = dict(slots)
+        self.weights = weights
+        self.read: dict[Tensor, Tensor] = {}  # per-example gradients that somebody looked at
+        self.processed = False  # a step used it
+
+    @property
+    def num_examples(self) -> int:
+        return self.weights.numel()
+
+    def has(self, p: Tensor) -> bool:
+        return p in self.read or any(q is p for q, _, _ in self.slots)
+
+    @torch.no_grad()
+    def grad_sample(self, p: Tensor) -> Tensor:
+        """``[B, *shape]`` in the parameter's dtype; from now on its norm and its sum are taken from this tensor."""
+        if p not in self.read:
+            total = torch.zeros(self.num_examples, *p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+            for slot in [slot for slot in self.slots if slot[0] is p]:
+                _, start, stop = slot
+                shape = torch.Size([stop - start, *p.shape[1:]]) if p.dim() else p.shape
+                part = total[:, start:stop] if p.dim() else total
+                for entry in self.slots.pop(slot):
+                    part += entry.per_unit(shape)
+            total *= self.weights.to(total).view(-1, *[1] * p.dim())
+            self.read[p] = total.to(p.dtype)
+        return self.read[p]
+
+    def forget(self, p: Tensor) -> None:
+        self.read.pop(p, None)
+        for slot in [slot for slot in self.slots if slot[0] is p]:
+            del self.slots[slot]
+
+    def measures(self) -> dict[Tensor, Measure]:
+        """Of every parameter, over all of its slots, in the measure of its gradient."""
+        found: dict[Tensor, Measure] = {}
+        weights = self.weights.to(next(iter(self.slots))[0].device) if self.slots else self.weights
+        for (p, _, _), of in tape.measures(self.slots):
+            own = Measure(of.square * weights.square(), of.bound * weights, of.spread * weights)
+            if p in found:  # blocks of a packed projection
+                other = found[p]
+                own = Measure(own.square + other.square, own.bound + other.bound, own.spread + other.spread)
+            found[p] = own
+        found |= {p: tape.measure([PerUnit(grads)], p.dtype) for p, grads in self.read.items()}
+        return found
+
+    def add_clipped(self, p: Tensor, factors: Tensor, total: Tensor, holds: bool) -> None:
+        """``total [*shape] += sum_i factors_i gradient_i``; it holds nothing yet unless ``holds``. factors: fp64 ``[B]``."""
+        own = [slot for slot in self.slots if slot[0] is p]
+        whole = len(own) == 1 and (not p.dim() or own[0][1:] == (0, p.shape[0])) and p not in self.read
+        if not holds and not whole:
+            total.zero_()
+        weighted = factors * self.weights.to(factors.device)
+        for slot in own:
+            part = total[slot[1] : slot[2]] if p.dim() else total
+            for entry in self.slots[slot]:
+                entry.add_clipped(weighted, part, holds or not whole)
+                holds = True
+        if p in self.read:
+            PerUnit(self.read[p]).add_clipped(factors, total, True)
+
+
+class SampleTape(Clipper):
+    """Keeps batches. hooks: the wrapper, which says whether hooks are enabled and whether several backwards may add up.
+
+    plain_gradients: whether ``p.grad`` is to be the plain gradient too, as Opacus leaves it.
+    """
+
+    def __init__(self, model: nn.Module, hooks: Any, batch_dim: int, max_grad_norm: float, strict: bool) -> None:
+        self.hooks = hooks
+        self.batches: list[Batch] = []
+        self.plain_gradients = True
+        self._batch_dim = batch_dim
+        super().__init__(model, make_rule("flat", max_grad_norm), hooks.loss_reduction, strict)
+
+    def _make_layouts(self) -> Layouts:
+        return DeclaredLayouts(self.model, self.strict, self._batch_dim)
+
+    def rule_of(self, module: nn.Module) -> Rule | None:
+        return sampled_rule(self.hooks, module) or find_rule(module)
+
+    def refresh(self) -> None:
+        super().refresh()
+        for p in self.parameters():
+            adopt(p, self)
+
+    def detach(self) -> None:
+        super().detach()
+        for p in self.model.parameters():
+            release(p, self)
+        self.batches.clear()
+
+    @property
+    def last_examples(self) -> int:
+        """Of the last forward."""
+        return self._last.examples if self._last is not None else 0
+
+    # What parameters and optimizers read
+
+    def read(self, p: Tensor) -> Tensor | list[Tensor] | None:
+        """Per-example gradients of one parameter, formed now: a tensor, or a list with one of each backward."""
+        found = [batch.grad_sample(p) for batch in self.batches if batch.has(p)]
+        return None if not found else found[0] if len(found) == 1 else found
+
+    def forget(self, p: Tensor) -> None:
+        for batch in self.batches:
+            batch.forget(p)
+        self.batches = [batch for batch in self.batches if batch.slots or batch.read]
+
+    # What backwards do
+
+    def forward_of(self, original: Any, args: Any, kwargs: Any) -> Any:
+        for batch in self.batches:
+            if batch.processed:  # only that it was used is still of interest
+                batch.slots.clear()
+                batch.read.clear()
+        return super().forward_of(original, args, kwargs)
+
+    def refuse_second_backward(self) -> None:
+        if self._clips():
+            super().refuse_second_backward()
+
+    def _clips(self) -> bool:
+        """Whether backwards count: Opacus' hooks see nothing while they are disabled or the model is in eval mode."""
+        return bool(self.hooks.hooks_enabled) and self.model.training
+
+    def _accept(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
+        """Several forwards in one backward: row i of each is example i, as in Opacus."""
+
+    def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
+        counts = self._clips()
+        if counts:
+            self.hooks.check_accumulation(len(self.batches))
+        if not counts or self.plain_gradients:
+            self._add_plain(done)
+        if counts:
+            self.batches.append(Batch(done.entries, self.weights(units)))
+
+    def _add_plain(self, done: BackwardPass) -> None:
+        """``p.grad`` grows by what autograd would have added."""
+        for (p, start, stop), entries in done.entries.items():
+            total = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+            part = total[start:stop] if p.dim() else total
+            for entry in entries:
+                ones = torch.ones(_num_units(entry), dtype=torch.float64, device=p.device)
+                entry.add_clipped(ones, part, True)
+            p.grad = total.to(p.dtype) if p.grad is None else p.grad.add_(total)
+
+
+class GhostTape(SampleTape):
+    """Clips at the end of the backward: ``p.grad`` grows by clipped gradients, ``p._norm_sample`` are their norms ``[B]``."""
+
+    backwards = 0  # since the optimizer took the sum
+
+    def _accept(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
+        if self._clips():
+            self.hooks.check_accumulation(self.backwards)
+            for p, name in trainable.items():
+                self.sums.check(name, p)
+
+    def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
+        if not self._clips():
+            self._add_plain(done)
+            return
+        for p in trainable:
+            p.__dict__["_norm_sample"] = torch.zeros(units.num_units, dtype=p.dtype, device=p.device)
+        Clipper._use(self, done, units, trainable)
+        self.backwards += 1
+
+    def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
+        device = next(iter(done.entries))[0].device
+        weights = self.weights(units).to(device)
+        measures = Batch(done.entries, weights).measures()
+        for p, of in measures.items():
+            p.__dict__["_norm_sample"] = of.square.sqrt().to(p.dtype)
+        outcome = clip_together(list(measures.values()), self.rule)
+        return replace(outcome, factors=outcome.factors * weights)
+
+
+def clip_together(measures: Sequence[Measure], rule: ClippingRule, groups: Sequence[int] | None = None) -> tape.Outcome:
+    """Norms and factors ``[K, B]`` of examples from what they have in each parameter. groups: of each; one group if None."""
+    columns = [torch.stack([getattr(of, name) for of in measures]) for name in ("square", "bound", "spread")]  # [P, B]
+    index = torch.tensor([0] * len(measures) if groups is None else list(groups), device=columns[0].device)
+    groups_shape = int(index.max()) + 1, columns[0].shape[1]
+    found = Measure(*(column.new_zeros(groups_shape).index_add_(0, index, column) for column in columns))
+    return tape.clip(found, torch.ones_like(columns[0][0]), rule, math.inf)
+
+
+def _num_units(entry: Entry) -> int:
+    return entry.grads.shape[0] if isinstance(entry, PerUnit) else entry.segments.num_units

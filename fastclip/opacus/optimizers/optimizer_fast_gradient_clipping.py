@@ -1,0 +1,99 @@
+"""`opacus.optimizers.optimizer_fast_gradient_clipping`: the release of sums that a ghost-clipping model has clipped already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import opacus.optimizers.optimizer_fast_gradient_clipping as theirs
+import torch
+from torch.optim import Optimizer
+
+from fastclip.opacus._mirror import delegate
+from fastclip.opacus.grad_sample._parameter import tape_of
+from fastclip.opacus.grad_sample._tape import GhostTape
+from fastclip.opacus.optimizers.optimizer import DPOptimizer
+
+
+class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradientClipping):
+    """Arguments as :class:`DPOptimizer`. ``max_grad_norm`` is the model's: setting it here sets it there.
+
+    Raises ValueError if the model clips to another C, RuntimeError in ``step()`` for a ``p.grad`` that the model did not clip.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, max_grad_norm: float, **kwargs: Any) -> None:
+        self.original_optimizer = optimizer
+        for tape in self._ghosts():
+            if tape.max_grad_norm != max_grad_norm:
+                raise ValueError(
+                    f"max_grad_norm is {max_grad_norm}, but the model clips to {tape.max_grad_norm}: noise must fit the "
+                    "clipping, give both the same"
+                )
+        self._backwards = 0
+        super().__init__(optimizer, max_grad_norm=max_grad_norm, **kwargs)
+
+    def _ghosts(self) -> list[GhostTape]:
+        found = {id(tape): tape for p in self.params if isinstance(tape := tape_of(p), GhostTape)}
+        return list(found.values())
+
+    def _set_max_grad_norm(self, value: float) -> None:
+        super()._set_max_grad_norm(value)
+        for tape in self._ghosts():
+            tape.max_grad_norm = self._max_grad_norm
+
+    @property
+    def accumulated_iterations(self) -> int:
+        return max(self._backwards, 1)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Take the sums that the model left into ``p.summed_grad``; ``p.grad`` is free for the next backward."""
+        for tape in self._ghosts():
+            if tape.max_grad_norm != self.max_grad_norm:
+                raise ValueError(
+                    f"the model clips to {tape.max_grad_norm}, but noise is for {self.max_grad_norm}: set it on the optimizer"
+                )
+        totals = []
+        for p in self.params:
+            if not p.requires_grad:
+                continue
+            owner = tape_of(p)
+            if isinstance(owner, GhostTape):
+                owner.sums.check(owner.parameters()[p], p)
+                total = owner.sums.pending(p)
+            else:
+                total = p.grad
+            if hasattr(p.summed_grad, "_processed"):
+                raise ValueError(
+                    "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees you "
+                    "must call optimizer.zero_grad() on each step"
+                )
+            totals.append((p, total))
+        for p, total in totals:
+            if total is not None:
+                p.summed_grad = total.detach() if p.summed_grad is None else p.summed_grad.add_(total)
+                p.grad = None
+        self._backwards = sum(tape.backwards for tape in self._ghosts())
+        for tape in self._ghosts():
+            tape.sums.clear()
+            tape.backwards = 0
+
+    def clip_and_accumulate(self) -> None:
+        """The model has clipped; this is where its sums are taken."""
+        self.accumulate()
+
+    def _effective_noise_multiplier(self) -> float:
+        return getattr(self, "_adjusted_noise_multiplier", self.noise_multiplier)
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear ``p.grad``, and ``p.summed_grad`` unless it waits for more of a logical batch."""
+        for tape in self._ghosts():
+            tape.sums.clear()
+            tape.backwards = 0
+        for p in self.params:
+            if not self._is_last_step_skipped:
+                p.summed_grad = None
+            p.grad = None if p.grad is not None and tape_of(p) is not None else p.grad
+        self.original_optimizer.zero_grad(set_to_none)
+
+
+__getattr__, __dir__ = delegate(__name__)
