@@ -60,7 +60,8 @@ class DPOptimizer(theirs.DPOptimizer):
     ) -> None:
         self._noise_multiplier = 0.0
         self._max_grad_norm = check_norm("max_grad_norm", max_grad_norm)
-        super().__init__(
+        theirs.DPOptimizer.__init__(  # by name: next in a subclass's order is Opacus' class of the same kind
+            self,
             optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
