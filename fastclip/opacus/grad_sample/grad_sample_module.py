@@ -31,6 +31,17 @@ def _functional(module: Any, batch_first: bool, *args: Any) -> Any:
     return module.ft_compute_sample_grad(*args)  # which that has replaced
 
 
+def _followed(module: nn.Module) -> bool:
+    return getattr(module, "autograd_grad_sample_hooks", None) is not None
+
+
+class _Handles(list[Any]):
+    """``autograd_grad_sample_hooks`` of a followed model; a copy or a pickle of the model is followed by nobody."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(None), ()
+
+
 class _Handle:
     """Stands in ``autograd_grad_sample_hooks`` for all hooks together."""
 
@@ -68,7 +79,7 @@ class GradSampleHooks(theirs.GradSampleHooks):
     def _begin(self, m: nn.Module, batch_first: bool, loss_reduction: str, strict: bool, force_functorch: bool) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction = {loss_reduction}. Only 'sum' and 'mean' losses are supported")
-        if hasattr(m, "autograd_grad_sample_hooks") or any(clipper_of(part) is not None for part in m.modules()):
+        if _followed(m) or any(clipper_of(part) is not None for part in m.modules()):
             raise ValueError("Trying to add hooks twice to the same model: clean up the first wrapper")
         self.validate(module=m, strict=strict)
         self._module = m
@@ -86,7 +97,7 @@ class GradSampleHooks(theirs.GradSampleHooks):
             except BaseException:
                 tape.detach()
                 raise
-        self.autograd_grad_sample_hooks = m.autograd_grad_sample_hooks = [_Handle(tape)]
+        self.autograd_grad_sample_hooks = m.autograd_grad_sample_hooks = _Handles([_Handle(tape)])
         for _, module in trainable_modules(m):
             # Opacus' functional form of a layer that has no sampler, for who looks for it.
             if type(module) not in self.GRAD_SAMPLERS and any(p is not None for p in module._parameters.values()):
@@ -94,7 +105,7 @@ class GradSampleHooks(theirs.GradSampleHooks):
 
     def add_hooks(self, **kwargs: Any) -> None:
         """Follow the model again after ``remove_hooks()``. Raises ValueError if it is followed already."""
-        if hasattr(self._module, "autograd_grad_sample_hooks"):
+        if _followed(self._module):
             raise ValueError("Trying to add hooks twice to the same model")
         self._attach(type(self._tape)(self._module, self, 0 if self.batch_first else 1, self._bound, self._tape.strict))
         self.hooks_enabled = True

@@ -125,7 +125,7 @@ class DPOptimizer(theirs.DPOptimizer):
         self._max_grad_norm = value
 
     def _sum_waits(self) -> bool:
-        sums = (getattr(p, "summed_grad", None) for p in self.params)
+        sums = (sum_of(p) for p in self.params)
         return any(total is not None and not hasattr(total, "_processed") for total in sums)
 
     # What backwards left
@@ -206,7 +206,7 @@ class DPOptimizer(theirs.DPOptimizer):
                 _mark_as_processed(item)
 
     def _accumulate(self, p: Any, item: Batch | Tensor, factors: Tensor) -> None:
-        holds = p.summed_grad is not None
+        holds = sum_of(p) is not None
         if not holds:
             dtype = accumulation_dtype(p.dtype)
             p.summed_grad = torch.empty_like(p, dtype=dtype, memory_format=torch.contiguous_format)
@@ -238,8 +238,8 @@ class DPOptimizer(theirs.DPOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
-                    _check_processed_flag(p.summed_grad)
-                    total = p.summed_grad
+                    total = sum_of(p)
+                    _check_processed_flag(total)
                     if total is None:
                         total = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
                     totals.append((group, p, total, offset))
@@ -369,6 +369,11 @@ class DPOptimizer(theirs.DPOptimizer):
         """Load the wrapped optimizer's state. The noise takes a new key."""
         super().load_state_dict(state_dict)
         self._noise = OptimizerNoise(self.generator, self.secure_mode)
+
+
+def sum_of(p: Tensor) -> Tensor | None:
+    """The clipped sum that waits in ``p.summed_grad``, or what was released of it."""
+    return p.__dict__.get("summed_grad")  # a parameter that was frozen when the optimizer was made has none
 
 
 _PARTS = ("pre_step", "add_noise", "scale_grad", "_noisy")

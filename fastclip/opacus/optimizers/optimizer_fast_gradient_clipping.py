@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fastclip.opacus._mirror import delegate
 from fastclip.opacus.grad_sample._parameter import tape_of
 from fastclip.opacus.grad_sample._tape import GhostTape
-from fastclip.opacus.optimizers.optimizer import DPOptimizer
+from fastclip.opacus.optimizers.optimizer import DPOptimizer, sum_of
 
 
 class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradientClipping):
@@ -62,7 +62,7 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                 total = owner.sums.pending(p)
             else:
                 total = p.grad
-            if hasattr(p.summed_grad, "_processed"):
+            if hasattr(sum_of(p), "_processed"):
                 raise ValueError(
                     "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy guarantees you "
                     "must call optimizer.zero_grad() on each step"
@@ -70,7 +70,8 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
             totals.append((p, total))
         for p, total in totals:
             if total is not None:
-                p.summed_grad = total.detach() if p.summed_grad is None else p.summed_grad.add_(total)
+                waiting = sum_of(p)
+                p.summed_grad = total.detach() if waiting is None else waiting.add_(total)
                 p.grad = None
         self._backwards = sum(tape.backwards for tape in self._ghosts())
         for tape in self._ghosts():

@@ -72,7 +72,8 @@ class DPLossFastGradientClipping(theirs.DPLossFastGradientClipping):
 
     def __call__(self, *args: Any, shape: Any = None, **kwargs: Any) -> DPTensorFastGradientClipping:
         """``shape``: the logits' ``[B, T, V]`` where losses are of flattened tokens; ignored tokens do not count in a mean."""
-        losses = super().__call__(*args, shape=shape, **kwargs).loss_per_sample
+        # By name: next in a subclass's order is Opacus' class of the same kind.
+        losses = theirs.DPLossFastGradientClipping.__call__(self, *args, shape=shape, **kwargs).loss_per_sample
         return DPTensorFastGradientClipping(self.module, self.optimizer, losses, self.loss_reduction)
 
 
