@@ -24,6 +24,7 @@ class Segments:
 
     order: Tensor | None
     offsets: Tensor
+    single: bool = False  # every unit is known to own exactly one row
 
     @property
     def num_units(self) -> int:
@@ -142,7 +143,8 @@ class PrivacyUnits:
         if bool((self.unit_of.diff() < 0).any()):
             by_unit = torch.argsort(self.unit_of, stable=True)
             order = (by_unit[:, None] * per_example + torch.arange(per_example)).flatten().to(device)
-        return Segments(order, _offsets(self.examples_per_unit * per_example).to(device))
+        single = per_example == 1 and examples == self.num_units and bool((self.examples_per_unit == 1).all())
+        return Segments(order, _offsets(self.examples_per_unit * per_example).to(device), single)
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -58,6 +58,43 @@ def layer_norm(site: Site, module: nn.LayerNorm, input: Tensor) -> Tensor:
     return _LayerNorm.apply(input, module.weight, module.bias, site, module.normalized_shape, module.eps)
 
 
+class _GroupNorm(Function):
+    """GroupNorm of x ``[B, C, ...]``. Gains' gradients need sums over places of g and of g x alone: x_hat is never formed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, site: Site, groups: int, eps: float
+    ) -> Tensor:
+        ctx.input_dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)  # autocast runs group_norm in the parameters' precision
+        x = x.contiguous()
+        size = x.shape[0], x.shape[1], x.shape[2:].numel()
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, *size, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.site, ctx.groups, ctx.size, ctx.params = site, groups, size, (weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        g, (weight_param, bias) = g.contiguous(), ctx.params
+        dx = None
+        if ctx.needs_input_grad[0]:
+            args = (g, x, mean, rstd, weight, *ctx.size, ctx.groups, [True, False, False])
+            dx = torch.ops.aten.native_group_norm_backward(*args)[0].to(ctx.input_dtype)
+        gain, shift = wanted(ctx, 1), bias is not None and wanted(ctx, 2)
+        if gain or shift:
+            sums = g.flatten(2).sum(2)  # [B, C]
+        if gain:
+            products = (g.view(-1, 1, ctx.size[2]) @ x.view(-1, ctx.size[2], 1)).view_as(sums)
+            mean, rstd = (s.repeat_interleave(ctx.size[1] // ctx.groups, 1) for s in (mean, rstd))  # [B, C]
+            ctx.site.enter_sum(weight_param, (products - sums * mean) * rstd)
+        if shift:
+            ctx.site.enter_sum(bias, sums)
+        return dx, None, None, None, None, None
+
+
 def _per_channel(site: Site, weight: Tensor, bias: Tensor | None, x_hat: Tensor) -> Tensor:
     """Gain and bias ``[C]`` by a copy a row, applied to x_hat ``[rows, C, ...]``."""
     shape = (x_hat.shape[0], x_hat.shape[1], *[1] * (x_hat.dim() - 2))
@@ -67,7 +104,8 @@ def _per_channel(site: Site, weight: Tensor, bias: Tensor | None, x_hat: Tensor)
 
 @register_layer(nn.GroupNorm, norm="sums of g and g * x_hat")
 def group_norm(site: Site, module: nn.GroupNorm, input: Tensor) -> Tensor:
-    return _per_channel(site, module.weight, module.bias, F.group_norm(input, module.num_groups, eps=module.eps))
+    site.need_batch_first()
+    return _GroupNorm.apply(input, module.weight, module.bias, site, module.num_groups, module.eps)
 
 
 @register_layer(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, norm="sums of g and g * x_hat")

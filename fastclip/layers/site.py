@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastclip import ops
+from fastclip.reference import accumulation_dtype
 from fastclip.tape import EmbeddingRows, Entry, LinearRows, PerUnit
 from fastclip.units import PrivacyUnits, Segments
 
@@ -87,7 +88,12 @@ class Site:
         g = self._rows(g, len(shape)) if shape else self._rows(g, 0)[:, None]
         segments = self.segments(g.shape[0], g.device)
         x_hat = None if x_hat is None else segments.gather(self._rows(x_hat, len(shape)))
-        grads = ops.segment_sum(segments.gather(g), x_hat, segments.offsets)
+        g = segments.gather(g)
+        if segments.single:
+            dtype = accumulation_dtype(g.dtype)
+            grads = g.to(dtype) if x_hat is None else g.to(dtype) * x_hat.to(dtype)
+        else:
+            grads = ops.segment_sum(g, x_hat, segments.offsets)
         self.recorder.record(param, PerUnit(grads.view(-1, *shape)), block)
 
     def per_unit(self, param: Tensor) -> Tensor:
