@@ -32,9 +32,12 @@ __all__ = [
 ]
 
 _LATER = ("accounting", "huggingface")  # they import libraries that training alone does not need
+_OPACUS = ("GradSampleModule", "PrivacyEngine")  # Opacus' names, the same objects as in fastclip.opacus
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return importlib.import_module(f"fastclip.{name}")
+    if name in _OPACUS:
+        return getattr(importlib.import_module("fastclip.opacus"), name)
     raise AttributeError(f"module 'fastclip' has no attribute {name!r}")

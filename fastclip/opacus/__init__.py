@@ -1,6 +1,7 @@
 """Opacus' names and module paths: `import fastclip.opacus as opacus`, and a script written for Opacus goes on.
 
-As yet a shell: what stands behind nearly every name is Opacus itself, with its speed and its weaknesses.
+Wrappers, optimizers, PrivacyEngine, criteria, loaders and what they need are fastclip's; accountants, schedulers, validators
+and the modes "ew", "no_op", FSDP and TP are Opacus' own.
 
 Every module path of Opacus 1.6.0 exists below this package. Where fastclip has a module of its own it is that one;
 everywhere else it is Opacus' module itself, the same object, so that classes, registries and errors are shared with code

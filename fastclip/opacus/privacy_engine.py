@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastclip.opacus import accountants, data_loader, optimizers
+from fastclip.opacus import accountants, optimizers
+from fastclip.opacus import data_loader as loaders
 from fastclip.opacus import grad_sample as modes
 from fastclip.opacus._mirror import delegate
 from fastclip.opacus.optimizers.optimizer import DPOptimizer
@@ -79,7 +80,7 @@ class PrivacyEngine(theirs.PrivacyEngine):
 
     def _prepare_data_loader(
         self,
-        loader: DataLoader[Any],
+        data_loader: DataLoader[Any],
         *,
         poisson_sampling: bool,
         distributed: bool,
@@ -87,25 +88,25 @@ class PrivacyEngine(theirs.PrivacyEngine):
         rand_on_empty: bool = False,
     ) -> DataLoader[Any]:
         if self.dataset is None:
-            self.dataset = loader.dataset
-        elif self.dataset is not loader.dataset:
+            self.dataset = data_loader.dataset
+        elif self.dataset is not data_loader.dataset:
             warnings.warn(
-                f"PrivacyEngine detected new dataset object. Was: {self.dataset}, got: {loader.dataset}. Privacy accounting "
+                f"PrivacyEngine detected new dataset object. Was: {self.dataset}, got: {data_loader.dataset}. Privacy accounting "
                 "works per dataset, please initialize new PrivacyEngine if you're using different dataset. You can ignore this "
                 "warning if two datasets above represent the same logical dataset",
                 stacklevel=3,
             )
         if poisson_sampling:
-            return data_loader.DPDataLoader.from_data_loader(
-                loader,
+            return loaders.DPDataLoader.from_data_loader(
+                data_loader,
                 generator=self.secure_rng,
                 distributed=distributed,
                 batch_first=batch_first,
                 rand_on_empty=rand_on_empty,
             )
         if self.secure_mode:
-            return data_loader.switch_generator(data_loader=loader, generator=self.secure_rng)
-        return loader
+            return loaders.switch_generator(data_loader=data_loader, generator=self.secure_rng)
+        return data_loader
 
     def _prepare_model(
         self,
@@ -176,6 +177,11 @@ class PrivacyEngine(theirs.PrivacyEngine):
             raise ValueError(
                 "Module parameters are different than optimizer Parameters: make the optimizer from this module's parameters, "
                 "after ModuleValidator.fix"
+            )
+        if grad_sample_mode == "ghost_tp":
+            raise ValueError(
+                'grad_sample_mode="ghost_tp" would clip to another norm than the noise is for: build '
+                "GradSampleHooksFastGradientClippingTP and DPOptimizerFastGradientClipping by hand, with one max_grad_norm"
             )
         distributed = isinstance(
             module, DifferentiallyPrivateDistributedDataParallel | DistributedDataParallel | FSDPModule

@@ -65,12 +65,12 @@ class DPMultiheadAttention(theirs.DPMultiheadAttention):
         is_causal: bool = False,
         average_attn_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs in the layout of ``query`` and, if ``need_weights``, weights ``[N, T, S]`` (or ``[N, H, T, S]``, not averaged).
+        """Outputs in the layout of ``query``; ``need_weights`` adds weights ``[N, T, S]``, or ``[N, H, T, S]`` not averaged.
 
-        query ``[T, N, E]``, key ``[S, N, kdim]``, value ``[S, N, vdim]``, with ``batch_first`` ``[N, T, E]`` and so on.
-        attn_mask ``[T, S]`` or ``[N * H, T, S]`` and key_padding_mask ``[N, S]``: bool, True where nothing may look, or added to
-        the scores. is_causal without attn_mask makes the mask; with one, that counts. ``S`` of the weights counts the key that
-        add_bias_kv appends, and the one of add_zero_attn. Without weights, torch's fused attention runs.
+        query ``[T, N, E]``, key ``[S, N, kdim]``, value ``[S, N, vdim]``; with ``batch_first`` ``[N, T, E]`` and so on.
+        attn_mask ``[T, S]`` or ``[N * H, T, S]`` and key_padding_mask ``[N, S]``: bool, True where nothing may look, or of a
+        float dtype, added to the scores. is_causal without attn_mask makes that mask; with one, attn_mask alone counts. The
+        weights' ``S`` includes the keys that add_bias_kv and add_zero_attn append. Without weights, torch's fused attention.
 
         Raises ValueError for shapes and dtypes that do not fit.
         """
@@ -85,7 +85,7 @@ class DPMultiheadAttention(theirs.DPMultiheadAttention):
 
         if is_causal and attn_mask is None:
             attn_mask = torch.ones(targets, sources, dtype=torch.bool, device=q.device).triu(1)
-        masks = []
+        masks: list[Tensor] = []
         if attn_mask is not None:
             attn_mask = _additive("attn_mask", attn_mask, q.dtype)
             if attn_mask.shape not in ((targets, sources), (batch * self.num_heads, targets, sources)):
@@ -100,7 +100,7 @@ class DPMultiheadAttention(theirs.DPMultiheadAttention):
                 raise ValueError(f"key_padding_mask must be [N, S] = [{batch}, {sources}], got {list(padding.shape)}")
             masks.append(padding[:, None, None])
         # What was appended to the keys is open to all.
-        mask = F.pad(sum(masks), (0, k.shape[2] - sources)) if masks else None
+        mask = F.pad(sum(masks[1:], masks[0]), (0, k.shape[2] - sources)) if masks else None
 
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)

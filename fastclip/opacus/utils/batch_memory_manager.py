@@ -23,12 +23,9 @@ from fastclip.opacus._mirror import delegate
 
 def _drop(optimizer: Any) -> None:
     """Forget what was summed for a logical batch that will not be finished, and signals for steps that will not come."""
-    if isinstance(optimizer, DPOptimizer):
-        optimizer._step_skip_queue = []
-        optimizer._is_last_step_skipped = False
-        for p in optimizer.params:
-            p.summed_grad = None
-        optimizer.zero_grad()
+    optimizer._step_skip_queue = []
+    optimizer._is_last_step_skipped = False  # else zero_grad() would keep the sum
+    optimizer.zero_grad()
 
 
 class _Signals:
@@ -43,15 +40,12 @@ class _Signals:
         self._waiting: list[bool] = []  # a flag for each part that was given out and not yet stepped on
         self._within = False  # parts of an unfinished logical batch are summed
         self._refusal = ""
-
-    def begin(self) -> None:
-        _drop(self.optimizer)
-        self.__init__(self.owner, self.optimizer)  # type: ignore[misc]
-        self.optimizer._step_skip_queue = self
+        _drop(optimizer)
+        optimizer._step_skip_queue = self
 
     @property
     def active(self) -> bool:
-        return getattr(self.optimizer, "_step_skip_queue", None) is self
+        return self.optimizer._step_skip_queue is self
 
     def end(self) -> None:
         if not self.active:
@@ -112,7 +106,7 @@ class BatchSplittingSampler(theirs.BatchSplittingSampler):
 
     def _parts(self) -> Iterator[list[int]]:
         _drop(self.optimizer)
-        return self._heard_parts(lambda skip: self.optimizer.signal_skip_step(do_skip=skip))
+        yield from self._heard_parts(lambda skip: self.optimizer.signal_skip_step(do_skip=skip))
 
     def _heard_parts(self, tell: Callable[[bool], None]) -> Iterator[list[int]]:
         for batch in self.sampler:
@@ -127,15 +121,15 @@ class BatchSplittingSampler(theirs.BatchSplittingSampler):
         """Parts an epoch; for a Poisson sampler their expected number, rounded."""
         sampler, most = self.sampler, self.max_batch_size
         if isinstance(sampler, BatchSampler):
-            examples, size = len(sampler.sampler), sampler.batch_size  # type: ignore[arg-type]
-            rest = 0 if sampler.drop_last else examples % size
-            return examples // size * math.ceil(size / most) + math.ceil(rest / most)
+            batches, size = len(sampler), sampler.batch_size
+            last = min(batches * size, len(sampler.sampler)) - (batches - 1) * size  # type: ignore[arg-type]
+            return (batches - 1) * math.ceil(size / most) + math.ceil(last / most)
         if isinstance(sampler, UniformWithReplacementSampler | DistributedUniformWithReplacementSampler):
             # ceil(B / most) is the number of k >= 0 with B > k * most; an empty batch is one part too.
             later = np.arange(most, sampler.num_samples, most)
             parts = 1 + scipy.special.bdtrc(later, sampler.num_samples, sampler.sample_rate).sum()
             return round(len(sampler) * float(parts))
-        return len(sampler)  # type: ignore[arg-type]
+        return len(sampler)
 
 
 class _PartsLoader(DataLoader[Any]):
@@ -151,11 +145,10 @@ class _PartsLoader(DataLoader[Any]):
         finally:
             splitting._listener = None
         signals = _Signals(splitting, splitting.optimizer)
-        signals.begin()
         try:
             for batch in batches:
                 if not signals.active:  # another loop has been over this optimizer
-                    signals.begin()
+                    signals = _Signals(splitting, splitting.optimizer)
                 splitting.optimizer.signal_skip_step(do_skip=flags.popleft())
                 yield batch
         finally:
@@ -209,7 +202,7 @@ class BatchMemoryManager(theirs.BatchMemoryManager):
         return self._loader
 
     def __exit__(self, type: Any, value: Any, traceback: Any) -> None:
-        signals = getattr(self.optimizer, "_step_skip_queue", None)
+        signals: Any = self.optimizer._step_skip_queue
         # A loop that an iterator or a traceback still holds has not ended by itself.
         if isinstance(signals, _Signals) and signals.owner is self._loader.batch_sampler:
             signals.end()

@@ -17,20 +17,22 @@ logger = logging.getLogger(theirs.__name__)
 
 
 class ModuleValidator(theirs.ModuleValidator):
-    """``VALIDATORS`` and ``FIXERS`` are Opacus', shared with it; where Opacus' fixer builds what the face replaces, the face's runs."""
+    """With Opacus' registries, shared with it. Where its own fixer builds what the face replaces, the face's fixer runs."""
 
     @classmethod
     def fix(cls, module: nn.Module, **kwargs: Any) -> nn.Module:
         """A copy of ``module`` with each trainable submodule that has a fixer replaced by what that makes of it."""
         fixed = clone_module(module)
-        for name in [name for name, _ in trainable_modules(fixed)]:
-            old = fixed.get_submodule(name)
+        replaced: list[nn.Module] = []
+        for name, old in list(trainable_modules(fixed)):
             fixer = cls.FIXERS.get(type(old))
-            if fixer is None:
+            # A fixer replaces all that is below, which need not be there any more.
+            if fixer is None or any(old is below for gone in replaced for below in gone.modules()):
                 continue
             # Whoever registered another one gets that.
             if fixer is opacus.validators.multihead_attention.fix:
                 fixer = fix_attention
+            replaced.append(old)
             new = fixer(old, **kwargs).to(next(old.parameters()).device)
             fixed = cls._replace_sub_module(root=fixed, sub_module_name=name, new_sub_module=new)
             logger.info(f"Replaced sub_module {name} : {old} with {new}")
