@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastclip.opacus import accountants, optimizers
+from fastclip.opacus import accountants, optimizers, validators
 from fastclip.opacus import data_loader as loaders
 from fastclip.opacus import grad_sample as modes
 from fastclip.opacus._mirror import delegate
@@ -91,8 +91,8 @@ class PrivacyEngine(theirs.PrivacyEngine):
             self.dataset = data_loader.dataset
         elif self.dataset is not data_loader.dataset:
             warnings.warn(
-                f"PrivacyEngine detected new dataset object. Was: {self.dataset}, got: {data_loader.dataset}. Privacy accounting "
-                "works per dataset, please initialize new PrivacyEngine if you're using different dataset. You can ignore this "
+                f"PrivacyEngine detected new dataset object. Was: {self.dataset}, got: {data_loader.dataset}. Privacy "
+                "accounting works per dataset, please initialize new PrivacyEngine if you're using different dataset. You can ignore this "
                 "warning if two datasets above represent the same logical dataset",
                 stacklevel=3,
             )
@@ -145,6 +145,11 @@ class PrivacyEngine(theirs.PrivacyEngine):
         self, *, module: Any, optimizer: Any, criterion: Any, loss_reduction: str = "mean", **kwargs: Any
     ) -> DPLossFastGradientClipping:
         return DPLossFastGradientClipping(module, optimizer, criterion, loss_reduction)
+
+    @classmethod
+    def get_compatible_module(cls, module: nn.Module) -> nn.Module:
+        """A copy of the module with what cannot be private replaced, as ``ModuleValidator.fix`` does; validated."""
+        return validators.ModuleValidator.fix_and_validate(module)
 
     def make_private(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 from opacus_face.harness import Run, regressions
@@ -19,3 +22,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.line(
         f"{counts}; {lost} of those not passed pass with Opacus; {face.seconds:.0f} s and {plain.seconds:.0f} s"
     )
+
+
+@pytest.fixture(autouse=True)
+def opacus_as_it_was() -> Iterator[None]:
+    """Opacus' modules are those that another test finds: warnings leave a registry in them."""
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "opacus"]:
+        vars(sys.modules[name]).pop("__warningregistry__", None)

@@ -266,9 +266,13 @@ def test_the_fixer_makes_this_attention_with_all_that_it_was() -> None:
 
 def test_the_registry_is_opacus_own_and_a_fixer_of_the_users_counts() -> None:
     theirs = importlib.import_module("opacus.validators")
-    assert validators.ModuleValidator.FIXERS is theirs.ModuleValidator.FIXERS
+    assert set(validators.ModuleValidator.FIXERS) == set(theirs.ModuleValidator.FIXERS)
     assert type(theirs.ModuleValidator.fix(nn.MultiheadAttention(E, 3))) is plain.DPMultiheadAttention
     before = theirs.ModuleValidator.FIXERS[nn.MultiheadAttention]
+    assert (
+        type(validators.ModuleValidator.FIXERS[nn.MultiheadAttention](nn.MultiheadAttention(E, 3)))
+        is layers.DPMultiheadAttention
+    )
     try:
         validators.register_module_fixer(nn.MultiheadAttention)(lambda module: nn.Linear(1, 1))
         assert isinstance(validators.ModuleValidator.fix(nn.MultiheadAttention(E, 3)), nn.Linear)

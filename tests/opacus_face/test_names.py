@@ -28,7 +28,9 @@ def test_name_takes_what_opacus_takes(module: str, name: str) -> None:
         assert key in given or (takes_any and parameter.kind is parameter.KEYWORD_ONLY), key
         if key in given and parameter.default is not parameter.empty:
             default = given[key].default
-            made_anew = key == "criterion" and default is None  # where Opacus shares one object between calls, and changes it
+            made_anew = (
+                key == "criterion" and default is None
+            )  # where Opacus shares one object between calls, and changes it
             same = default == parameter.default or type(default) is type(parameter.default)
             assert same or made_anew, f"{key}={default}"
 

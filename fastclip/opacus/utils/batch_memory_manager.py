@@ -112,7 +112,8 @@ class BatchSplittingSampler(theirs.BatchSplittingSampler):
         for batch in self.sampler:
             indices = batch.tolist() if hasattr(batch, "tolist") else list(batch)
             parts = max(math.ceil(len(indices) / self.max_batch_size), 1)
-            ends = [len(indices) * k // parts for k in range(parts + 1)]
+            size, longer = divmod(len(indices), parts)  # as Opacus cuts: the longer parts come first
+            ends = [size * k + min(k, longer) for k in range(parts + 1)]
             for k in range(parts):
                 tell(k < parts - 1)
                 yield indices[ends[k] : ends[k + 1]]

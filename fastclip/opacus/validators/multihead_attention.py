@@ -10,7 +10,7 @@ from fastclip.opacus._mirror import delegate
 from fastclip.opacus.layers.dp_multihead_attention import DPMultiheadAttention
 
 
-# Not registered: the registry is Opacus' too. ModuleValidator here takes this one where Opacus' own is registered.
+# Not registered: the registry is Opacus' too. The ModuleValidator here finds this one where Opacus' own is registered.
 def fix(module: nn.MultiheadAttention, **kwargs: Any) -> DPMultiheadAttention:
     """The same attention, with the values, dtype, device, mode and frozen parameters of ``module``."""
     weight = module.out_proj.weight
