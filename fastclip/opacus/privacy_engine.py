@@ -92,8 +92,8 @@ class PrivacyEngine(theirs.PrivacyEngine):
         elif self.dataset is not data_loader.dataset:
             warnings.warn(
                 f"PrivacyEngine detected new dataset object. Was: {self.dataset}, got: {data_loader.dataset}. Privacy "
-                "accounting works per dataset, please initialize new PrivacyEngine if you're using different dataset. You can ignore this "
-                "warning if two datasets above represent the same logical dataset",
+                "accounting works per dataset, please initialize new PrivacyEngine if you're using different dataset. You "
+                "can ignore this warning if two datasets above represent the same logical dataset",
                 stacklevel=3,
             )
         if poisson_sampling:
