@@ -65,6 +65,7 @@ setup(
         "fastclip",
         "fastclip.accounting",
         "fastclip.finetune",
+        "fastclip.huggingface",
         "fastclip.layers",
         "fastclip.opacus",
         "fastclip.opacus.grad_sample",

@@ -52,13 +52,14 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                 raise ValueError(
                     f"the model clips to {tape.max_grad_norm}, but noise is for {self.max_grad_norm}: set it on the optimizer"
                 )
+        names = {p: name for tape in self._ghosts() for p, name in tape.parameters().items()}
         totals = []
         for p in self.params:
             if not p.requires_grad:
                 continue
             owner = tape_of(p)
             if isinstance(owner, GhostTape):
-                owner.sums.check(owner.parameters()[p], p)
+                owner.sums.check(names[p], p)
                 total = owner.sums.pending(p)
             else:
                 total = p.grad
