@@ -117,7 +117,7 @@ class Clipper:
 
     def parameters(self) -> dict[nn.Parameter, str]:
         """Every trainable parameter of the model as it is now, with its first name."""
-        return {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        return plan.trainable_parameters(dict(self.model.named_modules()))
 
     @contextmanager
     def units(
@@ -275,14 +275,15 @@ class Clipper:
 
     def refresh(self) -> None:
         """Follow the model as it is now: new, replaced, frozen and unfrozen parameters, new modules."""
-        trainable = self.parameters()
+        modules = dict(self.model.named_modules())  # one walk for all that follows, which costs as much as the rest
+        trainable = plan.trainable_parameters(modules)
         validation.check_parameters(trainable, self._guards)
         if self.strict:
-            validation.check_mode(self.model)
+            validation.check_mode(modules)
         for p, name in trainable.items():
             if p not in self._guards:
                 self._guards[p] = p.register_hook(_guard(weakref.ref(self), name))
-        self._install()
+        self._install(modules)
         if trainable != self._names:
             layers = plan.layers_of(self.model, trainable)
             groups = self.rule.groups([tuple(trainable[p] for p in layer) for layer in layers])
@@ -290,20 +291,20 @@ class Clipper:
             self._num_groups = max(groups, default=0) + 1
             self._names = trainable
 
-    def _install(self) -> None:
-        planned = plan.plan_routes(self.model, self.rule_of)
+    def _install(self, modules: Mapping[str, nn.Module]) -> None:
+        planned = plan.plan_routes(modules, self.rule_of)
         for module, routes in list(self._routes.items()):
             layer = next((r for r in routes if isinstance(r, LayerRoute)), None)
             rule, targets = planned.get(module, (None, ()))
             if layer is not None and ((layer.rule, list(layer.targets)) != (rule, list(targets))):
                 for route in reversed(self._routes.pop(module)):
                     route.remove()
-        names = {module: name for name, module in self.model.named_modules()}
+        names = {module: name for name, module in modules.items()}
         for module, (rule, targets) in planned.items():
             if module not in self._routes:
                 self._routes[module] = [LayerRoute(self, module, names[module], rule, targets)]
                 self.layouts.forget()
-        for module, method, child in plan.biases_without_batch(self.model):
+        for module, method, child in plan.biases_without_batch(modules):
             routes = self._routes.setdefault(module, [])
             if not any(isinstance(r, MethodRoute) for r in routes):
                 held: Targets = [(child, "weight")]

@@ -13,7 +13,17 @@ from fastclip.layers.bare import Targets
 Plan = dict[nn.Module, tuple[Rule | None, Targets]]
 
 
-def plan_routes(model: nn.Module, rule_of: Callable[[nn.Module], Rule | None]) -> Plan:
+def trainable_parameters(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
+    """Each once, with its first name. modules: by qualified name, as ``named_modules`` has them."""
+    found: dict[nn.Parameter, str] = {}
+    for prefix, module in modules.items():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad and p not in found:
+                found[p] = f"{prefix}.{name}" if prefix else name
+    return found
+
+
+def plan_routes(modules: Mapping[str, nn.Module], rule_of: Callable[[nn.Module], Rule | None]) -> Plan:
     """For every module that owns parameters: its rule (None: bare parameters) and where those parameters are held.
 
     A parametrized module owns what its parametrizations hold, and a layer what its rule says (``register_layer``); multi-head
@@ -21,7 +31,7 @@ def plan_routes(model: nn.Module, rule_of: Callable[[nn.Module], Rule | None]) -
     """
     inside: set[nn.Module] = set()
     plan: Plan = {}
-    for module in model.modules():  # parents come before children
+    for module in modules.values():  # parents come before children
         if module in inside:
             continue
         rule = rule_of(module)
@@ -42,9 +52,9 @@ def _parametrizations(module: nn.Module) -> list[nn.Module]:
     return list(module.parametrizations.modules())  # type: ignore[union-attr]
 
 
-def biases_without_batch(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Embedding]]:
+def biases_without_batch(modules: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Embedding]]:
     """T5's kind of relative position bias: (module, method, embedding), one bias ``[1, H, T, S]`` for all examples."""
-    for module in model.modules():
+    for module in modules.values():
         child = getattr(module, "relative_attention_bias", None)
         if isinstance(child, nn.Embedding) and callable(getattr(module, "compute_bias", None)):
             yield module, "compute_bias", child

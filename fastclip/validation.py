@@ -74,9 +74,9 @@ def mixes(module: nn.Module) -> str | None:
     return None
 
 
-def check_mode(model: nn.Module) -> None:
+def check_mode(modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError for what may mix examples and can change after attach: batch statistics, backward hooks."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if module._backward_hooks or module._backward_pre_hooks:
             raise ValueError(f"{name or 'the model'} has a backward hook, which may mix examples' gradients: remove it")
         if isinstance(module, _BatchNorm) and module.training:

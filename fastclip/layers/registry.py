@@ -9,6 +9,7 @@ instance (a library that patches ``layer.forward``): the rule would compute some
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,24 +53,30 @@ def find_rule(module: nn.Module) -> Rule | None:
 
     A parameter that is not a plain attribute (a parametrization, say) is beyond every rule: None.
     """
-    for name in ("weight", "bias"):
-        if name not in module._parameters and isinstance(getattr(module, name, None), Tensor):
-            return None
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(_qualified_name(cls))
         if rule is not None:
-            return rule if _computes_as(module, cls) else None
+            return rule if _plain_attributes(module) and _computes_as(module, cls) else None
     return None
+
+
+def _plain_attributes(module: nn.Module) -> bool:
+    names = [name for name in ("weight", "bias") if name not in module._parameters]
+    return not any(isinstance(getattr(module, name, None), Tensor) for name in names)
 
 
 def _computes_as(module: nn.Module, cls: type) -> bool:
     """Whether the methods that make up the forward are the registered class's own."""
+    return all(
+        getattr(type(module), name) is getattr(cls, name) and _patch(module, name) is None for name in _methods(cls)
+    )
+
+
+@cache
+def _methods(cls: type) -> list[str]:
     own = (vars(base).items() for base in cls.__mro__ if base not in nn.Module.__mro__)
     methods = {name for items in own for name, value in items if callable(value) and not name.startswith("__")}
-    return all(
-        getattr(type(module), name) is getattr(cls, name) and _patch(module, name) is None
-        for name in methods - _OUTSIDE_FORWARD
-    )
+    return sorted(methods - _OUTSIDE_FORWARD)
 
 
 def _patch(module: nn.Module, name: str) -> Any:
