@@ -27,6 +27,7 @@ class Layouts:
         self.batch_dim = batch_dim  # of the model's inputs
         self._known: dict[tuple[Any, ...], Laws] = {}
         self.probe: Probe | None = None
+        self.written: set[str] = set()  # buffers that forwards write, the same whatever the examples are
 
     def forget(self) -> None:
         self._known.clear()
@@ -101,4 +102,5 @@ class Layouts:
                     probe.check_spread(spread)
         finally:
             self.probe = None
+        self.written |= probe.written()
         validation.warn_of_loops(probe.laws, {name: r.module for name, r in bare.items()})

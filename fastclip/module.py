@@ -226,6 +226,7 @@ class Clipper:
         units, laws = self.layouts.find(
             original, args, kwargs, given[0] if given else None, given[1] if given else (), self._layers()
         )
+        buffers = {name: (b, b._version) for name, b in self.model.named_buffers()} if self.strict else {}
         forward = Forward(self, units, laws)
         self._live.add(forward)
         self._last = forward
@@ -235,6 +236,13 @@ class Clipper:
         finally:
             stack.pop()
         self.check_unwritten(before)
+        for name, b in self.model.named_buffers() if buffers else ():
+            known = name not in buffers or name in self.layouts.written
+            if not known and (b is not buffers[name][0] or b._version != buffers[name][1]):
+                raise RuntimeError(
+                    f"the model's forward writes into its buffer {name}, and did not when tried: what it writes would be "
+                    "published without noise; set it before training, from data that is public"
+                )
 
     def check_unwritten(self, before: Sequence[tuple[str, Tensor, int]]) -> None:
         """Raises RuntimeError if a parameter was written since: (name, parameter, version then)."""

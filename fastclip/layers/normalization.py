@@ -85,7 +85,7 @@ class _GroupNorm(Function):
             dx = torch.ops.aten.native_group_norm_backward(*args)[0].to(ctx.input_dtype)
         gain, shift = wanted(ctx, 1), bias is not None and wanted(ctx, 2)
         if gain or shift:
-            sums = g.flatten(2).sum(2)  # [B, C]
+            sums = g.reshape(*ctx.size).sum(2)  # [B, C]
         if gain:
             products = (g.view(-1, 1, ctx.size[2]) @ x.view(-1, ctx.size[2], 1)).view_as(sums)
             mean, rstd = (s.repeat_interleave(ctx.size[1] // ctx.groups, 1) for s in (mean, rstd))  # [B, C]

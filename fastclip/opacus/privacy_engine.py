@@ -228,7 +228,7 @@ class PrivacyEngine(theirs.PrivacyEngine):
                 **kwargs,
             )
             hook = self.accountant.get_optimizer_hook_fn(sample_rate=1 / steps)
-            hook.is_accountant = True  # needs nothing of the gradients: the release may be one pass
+            dp_optimizer.accounting_hook = hook  # looks at no gradient: the release may be one pass
             dp_optimizer.attach_step_hook(hook)
             if "ghost" not in grad_sample_mode:
                 return module, dp_optimizer, loader

@@ -64,14 +64,19 @@ class DeclaredLayouts(Layouts):
                 if first is None:
                     raise
                 declared = PrivacyUnits.examples(first.shape[batch.batch_dim_of(first, self.batch_dim)])
-                if not self._warned:
-                    warnings.warn(
-                        f"whether examples are independent in this model was not tried ({error}); every layer's batch "
-                        f"dimension is taken to be {self.batch_dim}, as batch_first says",
-                        stacklevel=2,
-                    )
-                    self._warned = True
+                self._warn(str(error))
+        else:
+            self._warn("packed sequences and bags cannot be tried on a few examples")
         return declared if units is None else units, _Declared(self.batch_dim)
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"whether examples are independent in this model was not tried ({reason}); every layer's batch dimension is "
+                f"taken to be {self.batch_dim}, as batch_first says",
+                stacklevel=3,
+            )
+            self._warned = True
 
 
 def _declared_units(original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> PrivacyUnits | None:

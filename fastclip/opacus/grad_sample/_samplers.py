@@ -61,8 +61,12 @@ class _Tap(Function):
             with torch.no_grad(), no_autocast(g.device.type):
                 found = ctx.run(g)
             for p in asked:
-                if p not in found:
-                    raise ValueError(f"{ctx.site.name}: its grad sampler returned nothing for one of its parameters")
+                if p not in found or found[p].shape != (ctx.site.rows, *p.shape):
+                    shape = list(found[p].shape) if p in found else "nothing"
+                    raise ValueError(
+                        f"{ctx.site.name}: its grad sampler returned {shape} for a parameter of shape {list(p.shape)} and "
+                        f"{ctx.site.rows} examples: return [examples, *shape]"
+                    )
                 ctx.site.enter_sum(p, found[p])
         return (g, *[None] * (len(ctx.params) + 2))
 
@@ -79,4 +83,6 @@ def _run(sampler: Sampler, site: Site, module: nn.Module, *args: Any, **kwargs: 
     def run(g: Tensor) -> dict[nn.Parameter, Tensor]:
         return sampler(module, activations, g.movedim(site.batch_dim, 0) if site.batch_dim else g)
 
+    if isinstance(out, tuple):  # as in Opacus, the first output is the one that counts
+        return (_Tap.apply(out[0], *params, site.batch_first(), run), *out[1:])
     return _Tap.apply(out, *params, site.batch_first(), run)

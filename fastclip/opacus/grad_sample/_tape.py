@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastclip import tape
 from fastclip.backward import BackwardPass
@@ -40,11 +41,29 @@ class Batch:
         self.slots = dict(slots)
         self.weights = weights
         self.read: dict[Tensor, Tensor] = {}  # per-example gradients that somebody looked at
+        self._versions = [(x, x._version) for entries in slots.values() for e in entries for x in _tensors(e)]
         self.processed = False  # a step used it
 
     @property
     def num_examples(self) -> int:
         return self.weights.numel()
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if somebody wrote into what was kept: it belongs to other examples then."""
+        if any(x._version != version for x, version in self._versions):
+            raise RuntimeError(
+                "a tensor that the backward used was changed in place before step() (the gradient given to backward(), or an "
+                "activation): make the change after step(), or on a copy"
+            )
+
+    def join(self, other: Batch) -> bool:
+        """Take in another backward of the same examples through other parameters; False where it is not that."""
+        mine, theirs = ({p for p, _, _ in batch.slots} | batch.read.keys() for batch in (self, other))
+        if self.processed or mine & theirs or not torch.equal(self.weights, other.weights):
+            return False
+        self.slots |= other.slots
+        self._versions += other._versions
+        return True
 
     def has(self, p: Tensor) -> bool:
         return p in self.read or any(q is p for q, _, _ in self.slots)
@@ -53,6 +72,7 @@ class Batch:
     def grad_sample(self, p: Tensor) -> Tensor:
         """``[B, *shape]`` in the parameter's dtype; from now on its norm and its sum are taken from this tensor."""
         if p not in self.read:
+            self.check_unchanged()
             total = torch.zeros(self.num_examples, *p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
             for slot in [slot for slot in self.slots if slot[0] is p]:
                 _, start, stop = slot
@@ -71,6 +91,7 @@ class Batch:
 
     def measures(self) -> dict[Tensor, Measure]:
         """Of every parameter, over all of its slots, in the measure of its gradient."""
+        self.check_unchanged()
         found: dict[Tensor, Measure] = {}
         weights = self.weights.to(next(iter(self.slots))[0].device) if self.slots else self.weights
         for (p, _, _), of in tape.measures(self.slots):
@@ -109,6 +130,7 @@ class SampleTape(Clipper):
         self.batches: list[Batch] = []
         self.plain_gradients = True
         self._batch_dim = batch_dim
+        self._inputs: set[int] = set()  # where the memory of models' inputs is, which their owner may write to
         super().__init__(model, make_rule("flat", max_grad_norm), hooks.loss_reduction, strict)
 
     def _make_layouts(self) -> Layouts:
@@ -152,6 +174,8 @@ class SampleTape(Clipper):
             if batch.processed:  # only that it was used is still of interest
                 batch.slots.clear()
                 batch.read.clear()
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self._inputs |= {x.untyped_storage().data_ptr() for x in leaves}
         return super().forward_of(original, args, kwargs)
 
     def refuse_second_backward(self) -> None:
@@ -160,24 +184,41 @@ class SampleTape(Clipper):
 
     def _clips(self) -> bool:
         """Whether backwards count: Opacus' hooks see nothing while they are disabled or the model is in eval mode."""
-        return bool(self.hooks.hooks_enabled) and self.model.training
+        trained = (
+            m for m in self.model.modules() if any(p is not None and p.requires_grad for p in m._parameters.values())
+        )
+        return bool(self.hooks.hooks_enabled) and any(m.training for m in trained)
 
     def _accept(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         """Several forwards in one backward: row i of each is example i, as in Opacus."""
 
     def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         counts = self._clips()
-        if counts:
+        batch = Batch({s: [self._own(e) for e in found] for s, found in done.entries.items()}, self.weights(units))
+        joined = counts and bool(self.batches) and self.batches[-1].join(batch)
+        if counts and not joined:
             self.hooks.check_accumulation(len(self.batches))
         if not counts or self.plain_gradients:
             self._add_plain(done)
-        if counts:
-            self.batches.append(Batch(done.entries, self.weights(units)))
+        if counts and not joined:
+            self.batches.append(batch)
+        self._inputs.clear()
+
+    def _own(self, entry: Entry) -> Entry:
+        """The entry without memory of the model's inputs, which may hold other examples at the step."""
+        named: list[tuple[str, Any]] = [(f.name, getattr(entry, f.name)) for f in fields(entry)]
+        shared = [(n, x) for n, x in named if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._inputs]
+        copies: dict[str, Any] = {name: x.clone() for name, x in shared}
+        return replace(entry, **copies) if copies else entry
+
+    def reset(self) -> None:
+        """Forget all that backwards left."""
+        self.batches.clear()
 
     def _add_plain(self, done: BackwardPass) -> None:
         """``p.grad`` grows by what autograd would have added."""
         for (p, start, stop), entries in done.entries.items():
-            total = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype))
+            total = torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), memory_format=torch.contiguous_format)
             part = total[start:stop] if p.dim() else total
             for entry in entries:
                 ones = torch.ones(_num_units(entry), dtype=torch.float64, device=p.device)
@@ -189,6 +230,11 @@ class GhostTape(SampleTape):
     """Clips at the end of the backward: ``p.grad`` grows by clipped gradients, ``p._norm_sample`` are their norms ``[B]``."""
 
     backwards = 0  # since the optimizer took the sum
+
+    def reset(self) -> None:
+        super().reset()
+        self.sums.clear()
+        self.backwards = 0
 
     def _accept(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         if self._clips():
@@ -222,6 +268,10 @@ def clip_together(measures: Sequence[Measure], rule: ClippingRule, groups: Seque
     groups_shape = int(index.max()) + 1, columns[0].shape[1]
     found = Measure(*(column.new_zeros(groups_shape).index_add_(0, index, column) for column in columns))
     return tape.clip(found, torch.ones_like(columns[0][0]), rule, math.inf)
+
+
+def _tensors(entry: Entry) -> list[Tensor]:
+    return [x for f in fields(entry) if isinstance(x := getattr(entry, f.name), Tensor)]
 
 
 def _num_units(entry: Entry) -> int:

@@ -133,7 +133,7 @@ class GradSampleHooks(theirs.GradSampleHooks):
         }
 
     def set_grad_sample_to_none(self) -> None:
-        self._tape.batches.clear()
+        self._tape.reset()
         parameters: Iterable[Any] = self._module.parameters()
         for p in parameters:
             if p.requires_grad:
@@ -191,6 +191,14 @@ class GradSampleModule(GradSampleHooks, theirs.GradSampleModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradSampleModule:
         return deep_copy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return rebuild, (type(self), self._module, self.arguments())
+
+
+def rebuild(cls: type, module: nn.Module, arguments: dict[str, Any]) -> Any:
+    """What a pickled wrapper becomes: one like it, that keeps nothing of any batch."""
+    return cls(module, **arguments)
 
 
 def deep_copy(wrapper: Any, memo: dict[int, Any]) -> Any:

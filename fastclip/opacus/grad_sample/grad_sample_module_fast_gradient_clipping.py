@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastclip.opacus._mirror import delegate
 from fastclip.opacus.grad_sample._tape import GhostTape
-from fastclip.opacus.grad_sample.grad_sample_module import GradSampleHooks, deep_copy
+from fastclip.opacus.grad_sample.grad_sample_module import GradSampleHooks, deep_copy, rebuild
 
 
 class GradSampleHooksFastGradientClipping(GradSampleHooks, theirs.GradSampleHooksFastGradientClipping):
@@ -117,6 +117,9 @@ class GradSampleModuleFastGradientClipping(
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradSampleModuleFastGradientClipping:
         return deep_copy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return rebuild, (type(self), self._module, self.arguments())
 
 
 __getattr__, __dir__ = delegate(__name__)

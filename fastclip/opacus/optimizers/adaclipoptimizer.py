@@ -60,6 +60,10 @@ class AdaClipDPOptimizer(DPOptimizer, theirs.AdaClipDPOptimizer):
 
     def _effective_noise_multiplier(self) -> float:
         sigma = self.noise_multiplier
+        if not sigma < 2 * self.unclipped_num_std:
+            raise ValueError(
+                f"noise_multiplier must stay below 2 * unclipped_num_std = {2 * self.unclipped_num_std}, is {sigma}"
+            )
         return (sigma**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5 if sigma else 0.0
 
     def add_noise(self) -> None:

@@ -11,7 +11,7 @@ After ``step()`` ``p.summed_grad`` is ``p.grad``, the released gradient: the cle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -77,6 +77,7 @@ class DPOptimizer(theirs.DPOptimizer):
             raise ValueError(f"expected_batch_size must be positive, got {expected_batch_size!r}")
         self._noise = OptimizerNoise(generator, secure_mode)
         self._releasing = False
+        self.accounting_hook: Callable[..., Any] | None = None  # a step hook that looks at no gradient
         self._guard_wrapped()
         Optimizer.__setstate__(self, {})  # hooks and the profiler's step
 
@@ -124,8 +125,12 @@ class DPOptimizer(theirs.DPOptimizer):
             )
         self._max_grad_norm = value
 
+    def _held(self) -> Iterator[Any]:
+        """Parameters of all groups, frozen ones too."""
+        return (p for group in self.param_groups for p in group["params"])
+
     def _sum_waits(self) -> bool:
-        sums = (sum_of(p) for p in self.params)
+        sums = (sum_of(p) for p in self._held())
         return any(total is not None and not hasattr(total, "_processed") for total in sums)
 
     # What backwards left
@@ -235,6 +240,9 @@ class DPOptimizer(theirs.DPOptimizer):
     def _totals(self) -> list[tuple[dict[str, Any], Any, Tensor, int]]:
         """(group, parameter, its sum, index of its first element) of all that is trained. Raises ValueError for used sums."""
         totals, offset = [], 0
+        for p in self._held():
+            if not p.requires_grad:  # frozen since its backward: the wrapped step would use what it has
+                p.grad = p.summed_grad = None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
@@ -286,6 +294,7 @@ class DPOptimizer(theirs.DPOptimizer):
         self.add_noise()
         self.scale_grad()
         self._released()
+        self._after_release()
         return True
 
     def _sum(self) -> bool:
@@ -296,13 +305,23 @@ class DPOptimizer(theirs.DPOptimizer):
             )
         if not self.params:
             return True
-        self.clip_and_accumulate()
+        try:
+            self.clip_and_accumulate()
+        except BaseException:
+            # Half a sum is no sum: the logical batch starts again from zero.
+            self._is_last_step_skipped = False
+            for p in self._held():
+                p.summed_grad = None
+            raise
         self._is_last_step_skipped = self._check_skip_next_step()
         return not self._is_last_step_skipped
 
     def _released(self) -> None:
         if self.step_hook:
             self.step_hook(self)
+
+    def _after_release(self) -> None:
+        """For rules that learn from a release."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One release, or one more part of a logical batch where a skip was signalled.
@@ -320,6 +339,7 @@ class DPOptimizer(theirs.DPOptimizer):
         elif self._sum():
             self._released()
             self._release_and_update(update)
+            self._after_release()
         return loss
 
     def _step_wrapped(self) -> None:
@@ -331,8 +351,8 @@ class DPOptimizer(theirs.DPOptimizer):
 
     def _fused_update(self) -> fused.Update | None:
         """Noise, division and update in one pass, where nobody overrides or watches a part of it."""
-        own = all(getattr(type(self), name) is getattr(DPOptimizer, name) for name in _PARTS)
-        watched = self.step_hook is not None and not getattr(self.step_hook, "is_accountant", False)
+        own = all(getattr(type(self), n) is getattr(DPOptimizer, n) and n not in vars(self) for n in _PARTS)
+        watched = self.step_hook is not None and self.step_hook is not self.accounting_hook
         if not own or watched or not self.noise_multiplier:
             return None
         return fused.update_of(self.original_optimizer)
@@ -361,7 +381,8 @@ class DPOptimizer(theirs.DPOptimizer):
         for p in self.params:
             if p.requires_grad or hasattr(p, "grad_sample"):
                 p.grad_sample = None
-            if not self._is_last_step_skipped:
+        if not self._is_last_step_skipped:
+            for p in self._held():
                 p.summed_grad = None
         self.original_optimizer.zero_grad(set_to_none)
 

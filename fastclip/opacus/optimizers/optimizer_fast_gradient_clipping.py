@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from fastclip.opacus._mirror import delegate
 from fastclip.opacus.grad_sample._parameter import tape_of
 from fastclip.opacus.grad_sample._tape import GhostTape
+from fastclip.opacus.optimizers._adaptive import AdaptiveNorm
 from fastclip.opacus.optimizers.optimizer import DPOptimizer, sum_of
 
 
@@ -29,6 +30,7 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                     "clipping, give both the same"
                 )
         self._backwards = 0
+        self.adaptive: AdaptiveNorm | None = None  # where C follows a quantile
         super().__init__(optimizer, max_grad_norm=max_grad_norm, **kwargs)
 
     def _ghosts(self) -> list[GhostTape]:
@@ -52,6 +54,8 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                 raise ValueError(
                     f"the model clips to {tape.max_grad_norm}, but noise is for {self.max_grad_norm}: set it on the optimizer"
                 )
+        if len(self._ghosts()) > 1:
+            raise ValueError("two ghost-clipping models under one optimizer clip apart: wrap them as one module")
         names = {p: name for tape in self._ghosts() for p, name in tape.parameters().items()}
         totals = []
         for p in self.params:
@@ -61,6 +65,11 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
             if isinstance(owner, GhostTape):
                 owner.sums.check(names[p], p)
                 total = owner.sums.pending(p)
+            elif names:
+                raise ValueError(
+                    f"the optimizer trains a parameter of shape {list(p.shape)} that the model does not have: its "
+                    "gradient would not be clipped"
+                )
             else:
                 total = p.grad
             if hasattr(sum_of(p), "_processed"):
@@ -84,14 +93,25 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
         self.accumulate()
 
     def _effective_noise_multiplier(self) -> float:
-        return getattr(self, "_adjusted_noise_multiplier", self.noise_multiplier)
+        sigma = self.noise_multiplier
+        return sigma if self.adaptive is None else self.adaptive.sum_noise(sigma, self._public_batch())
+
+    def _public_batch(self) -> float:
+        assert self.expected_batch_size is not None
+        return self.expected_batch_size
+
+    def _after_release(self) -> None:
+        if self.adaptive is not None:
+            self.max_grad_norm = self.adaptive.moved(self.max_grad_norm, self._public_batch(), self._noise.of_release())
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear ``p.grad``, and ``p.summed_grad`` unless it waits for more of a logical batch."""
         for tape in self._ghosts():
             tape.sums.clear()
             tape.backwards = 0
-        for p in self.params:
+        if self.adaptive is not None and not self._is_last_step_skipped:
+            self.adaptive.unclipped = 0
+        for p in self._held():
             if not self._is_last_step_skipped:
                 p.summed_grad = None
             p.grad = None if p.grad is not None and tape_of(p) is not None else p.grad

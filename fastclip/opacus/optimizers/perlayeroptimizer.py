@@ -45,13 +45,26 @@ class DPPerLayerOptimizer(DPOptimizer, theirs.DPPerLayerOptimizer):
                 f"max_grad_norm must be a list with one bound for each of the {len(trained)} trainable parameters, got "
                 f"{max_grad_norm!r}"
             )
-        self.max_grad_norms = [check_norm(f"max_grad_norm[{i}]", c) for i, c in enumerate(max_grad_norm)]
-        DPOptimizer.__init__(self, optimizer, max_grad_norm=math.hypot(*self.max_grad_norms), **kwargs)
+        self._bounds = tuple(check_norm(f"max_grad_norm[{i}]", c) for i, c in enumerate(max_grad_norm))
+        DPOptimizer.__init__(self, optimizer, max_grad_norm=math.hypot(*self._bounds), **kwargs)
+
+    @property
+    def max_grad_norms(self) -> tuple[float, ...]:
+        """C of each trainable parameter. Setting them sets the noise too."""
+        return self._bounds
+
+    @max_grad_norms.setter
+    def max_grad_norms(self, values: Sequence[float]) -> None:
+        bounds = tuple(check_norm(f"max_grad_norms[{i}]", c) for i, c in enumerate(values))
+        if len(bounds) != len(self._bounds):
+            raise ValueError(f"max_grad_norms must have {len(self._bounds)} bounds, got {len(bounds)}")
+        super()._set_max_grad_norm(math.hypot(*bounds))
+        self._bounds = bounds
 
     def _set_max_grad_norm(self, value: float) -> None:
         before = self._max_grad_norm
         super()._set_max_grad_norm(value)
-        self.max_grad_norms = [c * self._max_grad_norm / before for c in self.max_grad_norms]
+        self._bounds = tuple(c * self._max_grad_norm / before for c in self._bounds)
 
     def clip_factors(self, measures: Sequence[Measure], params: Sequence[Tensor]) -> tuple[Outcome, Sequence[int]]:
         bounds = dict(zip(self.params, self.max_grad_norms, strict=True))

@@ -1,21 +1,18 @@
 """`opacus.utils.adaptive_clipping.adaptive_clipping_utils`: ghost clipping whose C follows a quantile of the norms.
 
 As :class:`AdaClipDPOptimizer` does for per-example gradients (Andrew et al. 2021). A logical batch is clipped to the C that it
-began with; what its backwards counted, with noise, moves C at the first backward of the next. The count's noise and the
-fraction are of the expected batch size, which is public.
+began with; what its backwards counted, with noise, moves C at its release.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import opacus.utils.adaptive_clipping.adaptive_clipping_utils as theirs
-import torch
 from torch import Tensor, nn
 
-from fastclip.noise import Purpose
 from fastclip.opacus._mirror import delegate
+from fastclip.opacus.optimizers._adaptive import AdaptiveNorm
 from fastclip.opacus.privacy_engine import PrivacyEngine
 from fastclip.opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping, DPTensorFastGradientClipping
 
@@ -41,30 +38,16 @@ class DPTensorFastGradientAdaptiveClipping(DPTensorFastGradientClipping, theirs.
         )
 
     def backward(self) -> None:
-        optimizer, expected = self.optimizer, self.optimizer.expected_batch_size
-        sigma = self.initial_noise_multiplier
-        assert expected is not None and expected > 10 * sigma, (
-            f"Batch size is too small. For adaptive clipping the expected batch size must be above 10 * noise_multiplier = "
-            f"{10 * sigma}, got {expected}"
-        )
-        std = expected / 20  # as Andrew et al. 2021, section 3.2
-        optimizer._adjusted_noise_multiplier = (sigma**-2 - (2 * std) ** -2) ** -0.5 if sigma else 0.0
-        state = optimizer.__dict__.setdefault("_adaptive", {"unclipped": 0, "counted": False})
-        if state["counted"] and not optimizer._sum_waits():
-            self._move(state["unclipped"], std, expected)
-            state.update(unclipped=0, counted=False)
+        optimizer = self.optimizer
+        if optimizer.adaptive is None:
+            optimizer.adaptive = AdaptiveNorm(
+                self.target_unclipped_quantile, self.min_clipbound, self.max_clipbound, self.clipbound_learning_rate
+            )
+        optimizer.adaptive.sum_noise(
+            optimizer.noise_multiplier, optimizer.expected_batch_size
+        )  # refuses what does not fit
         DPTensorFastGradientClipping.backward(self)
-        state["unclipped"] += int((self.module.get_norm_sample() <= self.module.max_grad_norm).sum())
-        state["counted"] = True
-
-    def _move(self, unclipped: int, std: float, expected: float) -> None:
-        count = torch.tensor([unclipped - expected / 2], dtype=torch.float32)
-        self.optimizer._noise.of_release().add_(count, std, offset=0, purpose=Purpose.QUANTILE)
-        fraction = min(max(float(count) / expected + 0.5, 0.0), 1.0)
-        step = math.exp(-self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile))
-        self.optimizer.max_grad_norm = min(
-            max(self.optimizer.max_grad_norm * step, self.min_clipbound), self.max_clipbound
-        )
+        optimizer.adaptive.unclipped += int((self.module.get_norm_sample() <= self.module.max_grad_norm).sum())
 
 
 class DPLossFastGradientAdaptiveClipping(DPLossFastGradientClipping, theirs.DPLossFastGradientAdaptiveClipping):
