@@ -54,7 +54,9 @@ def count_examples(names: Sequence[str], leaves: Sequence[Any], main_input: str 
                 return x.shape[batch_dim_of(x, dim)]
     every = {x.shape[batch_dim_of(x, dim)] for _, x in tensors}
     # One row first and K behind it: a batch of one beside K prototypes, or positions beside a batch of K.
-    one_first = bool(tensors) and tensors[0][1].shape[batch_dim_of(tensors[0][1], dim)] == 1
+    # By their name positions speak for nobody.
+    first = next((x for name, x in tensors if name not in _POSITIONS), None)
+    one_first = first is not None and first.shape[batch_dim_of(first, dim)] == 1
     sizes = every if one_first else every - {1} or every
     if len(sizes) != 1:
         shapes = {name: list(x.shape) for name, x in tensors}
