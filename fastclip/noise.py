@@ -9,6 +9,7 @@ import enum
 import math
 import operator
 import os
+from numbers import Real
 from typing import Any
 
 import torch
@@ -214,6 +215,13 @@ class NoiseSource:
             used[before] = (used[before][0], stop)
         else:
             used.insert(after, (start, stop))
+
+
+def check_noise_multiplier(value: float) -> float:
+    """``value`` as a float. Raises ValueError unless it is finite and at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ValueError(f"noise_multiplier must be finite and at least 0, got {value!r}")
+    return float(value)
 
 
 def _urandom_key() -> Key:

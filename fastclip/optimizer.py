@@ -23,7 +23,7 @@ from fastclip import fused, ops
 from fastclip.clipping import ClippingRule
 from fastclip.discrete import SPREAD, DiscreteGaussian, check_summation, discrete_gaussian
 from fastclip.module import Clipper, attach, clipper_of
-from fastclip.noise import NoiseSource
+from fastclip.noise import NoiseSource, check_noise_multiplier
 from fastclip.tape import ROUNDING_SLACK
 from fastclip.units import PrivacyUnits
 
@@ -153,9 +153,7 @@ class DPOptimizer(Optimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-            raise ValueError(f"noise_multiplier must be finite and at least 0, got {value!r}")
-        self._noise_multiplier = float(value)
+        self._noise_multiplier = check_noise_multiplier(value)
 
     @property
     def expected_batch_size(self) -> float:

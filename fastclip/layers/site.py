@@ -48,7 +48,9 @@ class Site:
 
     def batch_first(self) -> Site:
         """The same site for tensors whose dim 0 counts examples."""
-        return Site(self.recorder, self.name, self.rows)
+        site = Site(self.recorder, self.name, self.rows)
+        site.units = self.units
+        return site
 
     def need_batch_first(self) -> None:
         """Raises ValueError in time-major code, for layers whose dim 0 has to count examples."""

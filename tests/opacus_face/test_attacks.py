@@ -24,7 +24,7 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def optimizer_over(params: Any, cls: str = "DPOptimizer", sigma: float = 0.0, norm: float = 1.0) -> Any:
+def optimizer_over(params: Any, cls: str = "DPOptimizer", sigma: float = 0.0, norm: Any = 1.0) -> Any:
     sgd = torch.optim.SGD(params, lr=1.0)
     return getattr(opacus.optimizers, cls)(
         sgd, noise_multiplier=sigma, max_grad_norm=norm, expected_batch_size=1, loss_reduction="sum"
@@ -244,9 +244,36 @@ def test_backwards_of_the_same_examples_through_other_layers_are_one() -> None:
     assert released(model.parameters()) <= 1.0001
 
 
+def test_backwards_of_other_examples_through_other_layers_are_refused_under_poisson_sampling() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor, first: bool) -> torch.Tensor:
+            return self.a(x) if first else self.b(x)
+
+    model = opacus.GradSampleModule(Two(), loss_reduction="sum")
+    model.forbid_grad_accumulation()
+    x = torch.ones(2, 3)
+    model(x, True).sum().backward()
+    x.add_(1)  # the next draw in the same memory
+    with pytest.raises(ValueError, match="Poisson"):
+        model(x, False).sum().backward()
+
+
+def test_a_model_that_is_followed_no_more_is_not_released() -> None:
+    model = ghost(nn.Linear(3, 1))
+    optimizer = optimizer_over(list(model.parameters()), GHOST)
+    inner = model.to_standard_module()
+    (inner(torch.ones(2, 3)) * 1000).sum().backward()
+    with pytest.raises(ValueError, match="not found"):
+        optimizer.step()
+
+
 def test_bounds_of_layers_change_clip_and_noise() -> None:
     model = opacus.GradSampleModule(nn.Linear(3, 1), loss_reduction="sum")
-    optimizer = optimizer_over(model.parameters(), "DPPerLayerOptimizer", norm=[1.0, 1.0])  # type: ignore[arg-type]
+    optimizer = optimizer_over(model.parameters(), "DPPerLayerOptimizer", norm=[1.0, 1.0])
     optimizer.max_grad_norms = [3.0, 4.0]
     assert optimizer.max_grad_norm == 5.0
 

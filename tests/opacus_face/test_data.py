@@ -22,16 +22,11 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from opacus_face.scenarios import Numbers, Scenarios
+
 face = pytest.importorskip("fastclip.opacus", reason="opacus is not installed: pip install fastclip-dp[opacus]")
 
-Scenario = Callable[[ModuleType], None]
-SCENARIOS: dict[str, Scenario] = {}
-
-
-def scenario(run: Scenario) -> Scenario:
-    """Run with the face, where it has to pass, and with Opacus, where it has to fail."""
-    SCENARIOS[run.__name__] = run
-    return run
+scenario = Scenarios()
 
 
 @pytest.fixture(autouse=True)
@@ -41,19 +36,6 @@ def quiet_and_seeded() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module="fastclip|opacus|opacus_face|test_data|torch")
         torch.manual_seed(0)
         yield
-
-
-class Numbers(Dataset[torch.Tensor]):
-    """Example i is the one-hot row i: the summed gradient of a linear model then says who is in it."""
-
-    def __init__(self, size: int = 16) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.eye(self.size)[index]
 
 
 class Words(Dataset[dict[str, Any]]):
@@ -288,13 +270,11 @@ def test_a_made_up_example_is_announced() -> None:
     assert loader.collate_fn([]).shape == (1, 16)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", scenario)
 def test_the_face_does_it(name: str) -> None:
-    SCENARIOS[name](importlib.import_module("fastclip.opacus"))
+    scenario.passes_on_the_face(name)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", scenario)
 def test_opacus_does_not(name: str) -> None:
-    """Otherwise the scenario shows nothing."""
-    with pytest.raises((Exception, pytest.fail.Exception)):
-        SCENARIOS[name](importlib.import_module("opacus"))
+    scenario.fails_on_opacus(name)

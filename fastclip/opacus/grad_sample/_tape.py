@@ -11,9 +11,11 @@ rows); what is kept is clipped by the bits that it is summed from; what was used
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fastclip import tape
 from fastclip.backward import BackwardPass
 from fastclip.clipping import ClippingRule, make_rule
+from fastclip.forward import Forward
 from fastclip.layers import Rule
 from fastclip.layers.registry import find_rule
 from fastclip.layouts import Layouts
@@ -33,13 +36,19 @@ from fastclip.reference import accumulation_dtype
 from fastclip.tape import Entry, Measure, PerUnit
 from fastclip.units import PrivacyUnits
 
+Input = tuple[int, int, torch.Size]  # of a tensor given to the model: where its memory is, its version, its shape
+
 
 class Batch:
-    """What one backward entered, of B examples. weights: fp64 ``[B]``, what makes an example's gradient of its entries."""
+    """What one backward entered, of B examples.
 
-    def __init__(self, slots: Mapping[tape.Slot, list[Entry]], weights: Tensor) -> None:
+    weights: fp64 ``[B]``, what makes an example's gradient of its entries. inputs: which tensors the examples came in.
+    """
+
+    def __init__(self, slots: Mapping[tape.Slot, list[Entry]], weights: Tensor, inputs: frozenset[Input]) -> None:
         self.slots = dict(slots)
         self.weights = weights
+        self.inputs = inputs
         self.read: dict[Tensor, Tensor] = {}  # per-example gradients that somebody looked at
         self._versions = [(x, x._version) for entries in slots.values() for e in entries for x in _tensors(e)]
         self.processed = False  # a step used it
@@ -57,9 +66,18 @@ class Batch:
             )
 
     def join(self, other: Batch) -> bool:
-        """Take in another backward of the same examples through other parameters; False where it is not that."""
+        """Take in another backward of the same examples through other parameters; False where it is not that.
+
+        The same examples are those that came in the same tensors, with nothing written into them since: other examples would
+        share a clipping factor with these, and one of them could change what two contribute.
+        """
         mine, theirs = ({p for p, _, _ in batch.slots} | batch.read.keys() for batch in (self, other))
-        if self.processed or mine & theirs or not torch.equal(self.weights, other.weights):
+        if (
+            self.processed
+            or mine & theirs
+            or self.inputs != other.inputs
+            or not torch.equal(self.weights, other.weights)
+        ):
             return False
         self.slots |= other.slots
         self._versions += other._versions
@@ -130,7 +148,7 @@ class SampleTape(Clipper):
         self.batches: list[Batch] = []
         self.plain_gradients = True
         self._batch_dim = batch_dim
-        self._inputs: set[int] = set()  # where the memory of models' inputs is, which their owner may write to
+        self._inputs: WeakKeyDictionary[Forward, frozenset[Input]] = WeakKeyDictionary()
         super().__init__(model, make_rule("flat", max_grad_norm), hooks.loss_reduction, strict)
 
     def _make_layouts(self) -> Layouts:
@@ -169,14 +187,18 @@ class SampleTape(Clipper):
 
     # What backwards do
 
-    def forward_of(self, original: Any, args: Any, kwargs: Any) -> Any:
+    @contextmanager
+    def forward_of(self, original: Any, args: Any, kwargs: Any) -> Iterator[None]:
         for batch in self.batches:
             if batch.processed:  # only that it was used is still of interest
                 batch.slots.clear()
                 batch.read.clear()
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        self._inputs |= {x.untyped_storage().data_ptr() for x in leaves}
-        return super().forward_of(original, args, kwargs)
+        inputs = frozenset((x.untyped_storage().data_ptr(), x._version, x.shape) for x in leaves)
+        with super().forward_of(original, args, kwargs):
+            if self._last is not None:
+                self._inputs.setdefault(self._last, inputs)  # a model that calls itself has come in already
+            yield
 
     def refuse_second_backward(self) -> None:
         if self._clips():
@@ -194,7 +216,10 @@ class SampleTape(Clipper):
 
     def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         counts = self._clips()
-        batch = Batch({s: [self._own(e) for e in found] for s, found in done.entries.items()}, self.weights(units))
+        inputs = frozenset().union(*(self._inputs.get(f, frozenset()) for f in done.forwards))
+        theirs = {address for address, _, _ in inputs}
+        slots = {slot: [_own(entry, theirs) for entry in found] for slot, found in done.entries.items()}
+        batch = Batch(slots, self.weights(units), inputs)
         joined = counts and bool(self.batches) and self.batches[-1].join(batch)
         if counts and not joined:
             self.hooks.check_accumulation(len(self.batches))
@@ -202,14 +227,6 @@ class SampleTape(Clipper):
             self._add_plain(done)
         if counts and not joined:
             self.batches.append(batch)
-        self._inputs.clear()
-
-    def _own(self, entry: Entry) -> Entry:
-        """The entry without memory of the model's inputs, which may hold other examples at the step."""
-        named: list[tuple[str, Any]] = [(f.name, getattr(entry, f.name)) for f in fields(entry)]
-        shared = [(n, x) for n, x in named if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._inputs]
-        copies: dict[str, Any] = {name: x.clone() for name, x in shared}
-        return replace(entry, **copies) if copies else entry
 
     def reset(self) -> None:
         """Forget all that backwards left."""
@@ -254,7 +271,7 @@ class GhostTape(SampleTape):
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
         device = next(iter(done.entries))[0].device
         weights = self.weights(units).to(device)
-        measures = Batch(done.entries, weights).measures()
+        measures = Batch(done.entries, weights, frozenset()).measures()
         for p, of in measures.items():
             p.__dict__["_norm_sample"] = of.square.sqrt().to(p.dtype)
         outcome = clip_together(list(measures.values()), self.rule)
@@ -268,6 +285,14 @@ def clip_together(measures: Sequence[Measure], rule: ClippingRule, groups: Seque
     groups_shape = int(index.max()) + 1, columns[0].shape[1]
     found = Measure(*(column.new_zeros(groups_shape).index_add_(0, index, column) for column in columns))
     return tape.clip(found, torch.ones_like(columns[0][0]), rule, math.inf)
+
+
+def _own(entry: Entry, theirs: Container[int]) -> Entry:
+    """The entry without memory of the model's inputs, which may hold other examples at the step. theirs: where they are."""
+    named: list[tuple[str, Any]] = [(f.name, getattr(entry, f.name)) for f in fields(entry)]
+    shared = [(n, x) for n, x in named if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in theirs]
+    copies: dict[str, Any] = {name: x.clone() for name, x in shared}
+    return replace(entry, **copies) if copies else entry
 
 
 def _tensors(entry: Entry) -> list[Tensor]:

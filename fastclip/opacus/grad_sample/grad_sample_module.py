@@ -166,7 +166,31 @@ class GradSampleHooks(theirs.GradSampleHooks):
         return errors
 
 
-class GradSampleModule(GradSampleHooks, theirs.GradSampleModule):
+class Wrapper:
+    """What a wrapped model can do beside hooks: be copied and pickled, with nothing kept of any batch."""
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        module = copy.deepcopy(self._module, memo)
+        for part in module.modules():
+            for name in ("autograd_grad_sample_hooks", "ft_compute_sample_grad"):
+                part.__dict__.pop(name, None)
+        copied = type(self)(module, **self.arguments())
+        copied.grad_accumulation_allowed = self.grad_accumulation_allowed
+        copied.hooks_enabled = self.hooks_enabled
+        copied._tape.plain_gradients = self._tape.plain_gradients
+        copied.train(self.training)
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self._module, self.arguments())
+
+
+def _rebuild(cls: type, module: nn.Module, arguments: dict[str, Any]) -> Any:
+    return cls(module, **arguments)
+
+
+class GradSampleModule(Wrapper, GradSampleHooks, theirs.GradSampleModule):
     """Wraps a model; ``state_dict`` keys begin with ``_module.``. Arguments as :class:`GradSampleHooks`."""
 
     def __init__(
@@ -188,32 +212,6 @@ class GradSampleModule(GradSampleHooks, theirs.GradSampleModule):
             force_functorch=force_functorch,
         )
         self.grad_accumulation_hook = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GradSampleModule:
-        return deep_copy(self, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return rebuild, (type(self), self._module, self.arguments())
-
-
-def rebuild(cls: type, module: nn.Module, arguments: dict[str, Any]) -> Any:
-    """What a pickled wrapper becomes: one like it, that keeps nothing of any batch."""
-    return cls(module, **arguments)
-
-
-def deep_copy(wrapper: Any, memo: dict[int, Any]) -> Any:
-    """A wrapper like this one around a copy of the model, with nothing kept of any batch."""
-    module = copy.deepcopy(wrapper._module, memo)
-    for part in module.modules():
-        for name in ("autograd_grad_sample_hooks", "ft_compute_sample_grad"):
-            part.__dict__.pop(name, None)
-    copied = type(wrapper)(module, **wrapper.arguments())
-    copied.grad_accumulation_allowed = wrapper.grad_accumulation_allowed
-    copied.hooks_enabled = wrapper.hooks_enabled
-    copied._tape.plain_gradients = wrapper._tape.plain_gradients
-    copied.train(wrapper.training)
-    memo[id(wrapper)] = copied
-    return copied
 
 
 __getattr__, __dir__ = delegate(__name__)

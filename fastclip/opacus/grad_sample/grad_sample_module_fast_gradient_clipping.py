@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastclip.opacus._mirror import delegate
 from fastclip.opacus.grad_sample._tape import GhostTape
-from fastclip.opacus.grad_sample.grad_sample_module import GradSampleHooks, deep_copy, rebuild
+from fastclip.opacus.grad_sample.grad_sample_module import GradSampleHooks, Wrapper
 
 
 class GradSampleHooksFastGradientClipping(GradSampleHooks, theirs.GradSampleHooksFastGradientClipping):
@@ -87,7 +87,7 @@ class GradSampleHooksFastGradientClipping(GradSampleHooks, theirs.GradSampleHook
 
 
 class GradSampleModuleFastGradientClipping(
-    GradSampleHooksFastGradientClipping, theirs.GradSampleModuleFastGradientClipping
+    Wrapper, GradSampleHooksFastGradientClipping, theirs.GradSampleModuleFastGradientClipping
 ):
     """Wraps a model; arguments as :class:`GradSampleHooksFastGradientClipping`."""
 
@@ -114,12 +114,6 @@ class GradSampleModuleFastGradientClipping(
             use_ghost_clipping=use_ghost_clipping,
         )
         self.grad_accumulation_hook = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GradSampleModuleFastGradientClipping:
-        return deep_copy(self, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return rebuild, (type(self), self._module, self.arguments())
 
 
 __getattr__, __dir__ = delegate(__name__)

@@ -7,17 +7,15 @@ fraction is of the expected batch size, which is public, where Opacus divides by
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import opacus.optimizers.adaclipoptimizer as theirs
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastclip.noise import NoiseSource, Purpose
 from fastclip.opacus._mirror import delegate
+from fastclip.opacus.optimizers._adaptive import Quantile, noisy_count, sum_multiplier
 from fastclip.opacus.optimizers.optimizer import DPOptimizer
 from fastclip.tape import Measure, Outcome
 
@@ -39,11 +37,7 @@ class AdaClipDPOptimizer(DPOptimizer, theirs.AdaClipDPOptimizer):
     ) -> None:
         if max_clipbound <= min_clipbound:
             raise ValueError("max_clipbound must be larger than min_clipbound.")
-        if not noise_multiplier < 2 * unclipped_num_std:
-            raise ValueError(
-                "noise_multiplier must be smaller than 2 * unclipped_num_std (Andrew et al. 2021, Theorem 1), got "
-                f"{noise_multiplier} and {unclipped_num_std}"
-            )
+        sum_multiplier(noise_multiplier, unclipped_num_std)  # refuses what does not fit
         self.target_unclipped_quantile = target_unclipped_quantile
         self.clipbound_learning_rate = clipbound_learning_rate
         self.max_clipbound, self.min_clipbound = max_clipbound, min_clipbound
@@ -59,46 +53,27 @@ class AdaClipDPOptimizer(DPOptimizer, theirs.AdaClipDPOptimizer):
         return outcome, rows
 
     def _effective_noise_multiplier(self) -> float:
-        sigma = self.noise_multiplier
-        if not sigma < 2 * self.unclipped_num_std:
-            raise ValueError(
-                f"noise_multiplier must stay below 2 * unclipped_num_std = {2 * self.unclipped_num_std}, is {sigma}"
-            )
-        return (sigma**-2 - (2 * self.unclipped_num_std) ** -2) ** -0.5 if sigma else 0.0
-
-    def add_noise(self) -> None:
-        source = self._source() or self._noise.of_release()
-        for _, p, total, offset in self._totals():
-            self._noisy(p, total, source if self.noise_std else None, offset)
-        self.unclipped_num = self._noisy_count(source)
-
-    def _noisy_count(self, source: NoiseSource) -> float:
-        # Half of the batch is taken off before and added after, so that an example moves the count by one half.
-        half = self._expected() / 2
-        count = torch.tensor([self._counted - half], dtype=torch.float32)
-        source.add_(count, self.unclipped_num_std, offset=0, purpose=Purpose.QUANTILE)
-        return float(count) + half
+        return sum_multiplier(self.noise_multiplier, self.unclipped_num_std)
 
     def _expected(self) -> float:
         return self.expected_batch_size if self.expected_batch_size is not None else max(self.sample_size, 1)
 
+    def _after_release(self) -> None:
+        source = self._noise.of_release()
+        self.unclipped_num = noisy_count(self._counted, self._expected(), self.unclipped_num_std, source)
+        self.update_max_grad_norm()
+
     def update_max_grad_norm(self) -> None:
         """Move C towards the bound that ``target_unclipped_quantile`` of the examples stay within."""
-        fraction = min(max(self.unclipped_num / self._expected(), 0.0), 1.0)
-        step = math.exp(-self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile))
-        self.max_grad_norm = min(max(self.max_grad_norm * step, self.min_clipbound), self.max_clipbound)
+        quantile = Quantile(
+            self.target_unclipped_quantile, self.clipbound_learning_rate, self.min_clipbound, self.max_clipbound
+        )
+        self.max_grad_norm = quantile.moved(self.max_grad_norm, self.unclipped_num, self._expected())
         self._counted = self.sample_size = 0
 
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        done = DPOptimizer.pre_step(self)
-        if done:
-            self.update_max_grad_norm()
-        return done
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        DPOptimizer.zero_grad(self, set_to_none)
-        if not self._is_last_step_skipped:
-            self._counted = self.sample_size = 0
+    def _drop_sum(self) -> None:
+        super()._drop_sum()
+        self._counted = self.sample_size = 0
 
 
 __getattr__, __dir__ = delegate(__name__)

@@ -10,9 +10,7 @@ After ``step()`` ``p.summed_grad`` is ``p.grad``, the released gradient: the cle
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Real
 from typing import Any
 
 import opacus.optimizers.optimizer as theirs
@@ -24,7 +22,7 @@ from torch.optim import Optimizer
 from fastclip import fused, ops
 from fastclip.clipping import ClippingRule, Flat, check_norm
 from fastclip.layers.site import no_autocast
-from fastclip.noise import NoiseSource
+from fastclip.noise import NoiseSource, check_noise_multiplier
 from fastclip.opacus._mirror import delegate
 from fastclip.opacus.grad_sample._parameter import samples_of, tape_of
 from fastclip.opacus.grad_sample._tape import Batch, SampleTape, clip_together
@@ -103,9 +101,7 @@ class DPOptimizer(theirs.DPOptimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-            raise ValueError(f"noise_multiplier must be finite and at least 0, got {value!r}")
-        self._noise_multiplier = float(value)
+        self._noise_multiplier = check_noise_multiplier(value)
 
     @property
     def max_grad_norm(self) -> float:
@@ -128,6 +124,11 @@ class DPOptimizer(theirs.DPOptimizer):
     def _held(self) -> Iterator[Any]:
         """Parameters of all groups, frozen ones too."""
         return (p for group in self.param_groups for p in group["params"])
+
+    def _drop_sum(self) -> None:
+        """Forget what was added up of a logical batch, and what was counted beside it."""
+        for p in self._held():
+            p.summed_grad = None
 
     def _sum_waits(self) -> bool:
         sums = (sum_of(p) for p in self._held())
@@ -310,8 +311,7 @@ class DPOptimizer(theirs.DPOptimizer):
         except BaseException:
             # Half a sum is no sum: the logical batch starts again from zero.
             self._is_last_step_skipped = False
-            for p in self._held():
-                p.summed_grad = None
+            self._drop_sum()
             raise
         self._is_last_step_skipped = self._check_skip_next_step()
         return not self._is_last_step_skipped
@@ -382,8 +382,7 @@ class DPOptimizer(theirs.DPOptimizer):
             if p.requires_grad or hasattr(p, "grad_sample"):
                 p.grad_sample = None
         if not self._is_last_step_skipped:
-            for p in self._held():
-                p.summed_grad = None
+            self._drop_sum()
         self.original_optimizer.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                     f"the optimizer trains a parameter of shape {list(p.shape)} that the model does not have: its "
                     "gradient would not be clipped"
                 )
+            elif not hasattr(p, "_forward_counter"):  # which Opacus' own wrappers leave
+                raise ValueError("Per sample gradient not found. Are you using GradSampleModule?")
             else:
                 total = p.grad
             if hasattr(sum_of(p), "_processed"):
@@ -94,7 +96,7 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
 
     def _effective_noise_multiplier(self) -> float:
         sigma = self.noise_multiplier
-        return sigma if self.adaptive is None else self.adaptive.sum_noise(sigma, self._public_batch())
+        return sigma if self.adaptive is None else self.adaptive.sum_multiplier(sigma, self._public_batch())
 
     def _public_batch(self) -> float:
         assert self.expected_batch_size is not None
@@ -104,16 +106,19 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
         if self.adaptive is not None:
             self.max_grad_norm = self.adaptive.moved(self.max_grad_norm, self._public_batch(), self._noise.of_release())
 
+    def _drop_sum(self) -> None:
+        super()._drop_sum()
+        if self.adaptive is not None:
+            self.adaptive.unclipped = 0
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear ``p.grad``, and ``p.summed_grad`` unless it waits for more of a logical batch."""
         for tape in self._ghosts():
             tape.sums.clear()
             tape.backwards = 0
-        if self.adaptive is not None and not self._is_last_step_skipped:
-            self.adaptive.unclipped = 0
+        if not self._is_last_step_skipped:
+            self._drop_sum()
         for p in self._held():
-            if not self._is_last_step_skipped:
-                p.summed_grad = None
             p.grad = None if p.grad is not None and tape_of(p) is not None else p.grad
         self.original_optimizer.zero_grad(set_to_none)
 

@@ -12,7 +12,7 @@ import opacus.utils.adaptive_clipping.adaptive_clipping_utils as theirs
 from torch import Tensor, nn
 
 from fastclip.opacus._mirror import delegate
-from fastclip.opacus.optimizers._adaptive import AdaptiveNorm
+from fastclip.opacus.optimizers._adaptive import AdaptiveNorm, Quantile
 from fastclip.opacus.privacy_engine import PrivacyEngine
 from fastclip.opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping, DPTensorFastGradientClipping
 
@@ -40,10 +40,11 @@ class DPTensorFastGradientAdaptiveClipping(DPTensorFastGradientClipping, theirs.
     def backward(self) -> None:
         optimizer = self.optimizer
         if optimizer.adaptive is None:
-            optimizer.adaptive = AdaptiveNorm(
-                self.target_unclipped_quantile, self.min_clipbound, self.max_clipbound, self.clipbound_learning_rate
+            quantile = Quantile(
+                self.target_unclipped_quantile, self.clipbound_learning_rate, self.min_clipbound, self.max_clipbound
             )
-        optimizer.adaptive.sum_noise(
+            optimizer.adaptive = AdaptiveNorm(quantile)
+        optimizer.adaptive.sum_multiplier(
             optimizer.noise_multiplier, optimizer.expected_batch_size
         )  # refuses what does not fit
         DPTensorFastGradientClipping.backward(self)
