@@ -43,8 +43,10 @@ def worker(mode: str) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     run = model
     criterion = None
+    losses_of = None
     if mode == "fastclip":
         import fastclip
+        from fastclip.huggingface import causal_lm_losses as losses_of
 
         optimizer = fastclip.DPOptimizer(
             optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=BATCH, module=model
@@ -68,6 +70,11 @@ def worker(mode: str) -> None:
         criterion = made[2] if mode == "ghost" else None
 
     def step() -> None:
+        if losses_of is not None:
+            losses_of(model, {"input_ids": tokens}).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return
         logits = run(input_ids=tokens).logits[:, :-1]
         targets = tokens[:, 1:]
         if criterion is not None:

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from fastclip import ops, reference
+from fastclip.head import linear_cross_entropy
 from fastclip.isolation import check_units
 from fastclip.layers import Site, register_layer, supported_layers
 from fastclip.module import Clipper, attach
@@ -25,6 +26,7 @@ __all__ = [
     "attach",
     "backends",
     "check_units",
+    "linear_cross_entropy",
     "ops",
     "reference",
     "register_layer",

@@ -14,9 +14,76 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
 
-Outputs = list[tuple[str, Tensor]]  # (layer, one tensor it answered with), in the order of the calls
-Gradients = list[tuple[str, Tensor | None]]  # the same, None where no gradient arrives
+Arrival = Callable[[int, Tensor], None]  # the number of a tapped tensor, and the gradient that arrived at it
+
+
+class _Tap(Function):
+    """x itself; its gradient is shown to ``see`` on its way back. anchor: what makes every tap part of the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+        ctx.see, ctx.anchor = see, anchor
+        # Not a view: the code behind a layer may change its output in place.
+        return torch.ops.aten._unsafe_view(x, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.see(g)
+        return g, torch.zeros_like(ctx.anchor), None
+
+
+class Taps:
+    """Gradients at what layers answer with, shown one by one instead of kept: together they are as large as activations.
+
+    names, shapes: of the tapped tensors, in the order of the calls.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.shapes: list[torch.Size] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._arrive: Arrival | None = None
+
+    def tap(self, name: str, out: Any) -> Any:
+        """A layer's answer, whose tensors are followed from now on; what is not differentiable stays as it is."""
+
+        def followed(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.requires_grad:
+                return x
+            number = len(self.names)
+            self.names.append(name)
+            self.shapes.append(x.shape)
+            return _Tap.apply(x, self._anchor, lambda g: self._arrive and self._arrive(number, g))
+
+        return tree_map(followed, out, is_leaf=lambda x: isinstance(x, PackedSequence))
+
+    def differentiate(self, out: Sequence[Any], weigh: Callable[[int, Tensor], Tensor], arrive: Arrival) -> None:
+        """Run the backward of the weighed outputs, through all hooks on them. Raises ValueError if it fails.
+
+        out: the model's output leaves; those that are not differentiable are left out. weigh: weights of leaf i, of its shape.
+        """
+        roots = [
+            (i, x) for i, x in enumerate(out) if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point()
+        ]
+        if not roots or not self.names:
+            return
+        self._arrive = arrive
+        try:
+            # Of several devices' threads only this one is free of dropout.
+            with torch.autograd.set_multithreading_enabled(False):
+                weighed = [weigh(i, x) for i, x in roots]
+                torch.autograd.grad([x for _, x in roots], [self._anchor], weighed, allow_unused=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model's backward could not be run on a few examples of its first batch ({error}): nothing is known then "
+                "of whether it keeps examples apart"
+            ) from error
+        finally:
+            self._arrive = None
 
 
 def coupled(name: str) -> str:
@@ -39,22 +106,3 @@ def weights(x: Tensor, dim: int | None, count: int, changed: Sequence[int]) -> T
     for i in changed:
         examples[i] *= -2
     return out
-
-
-def gradients(out: Sequence[Any], layers: Outputs, weigh: Callable[[int, Tensor], Tensor]) -> Gradients:
-    """Gradients of the weighed output at each layer's output, behind all hooks on it. Raises ValueError if there is none."""
-    roots = [(i, x) for i, x in enumerate(out) if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point()]
-    if not roots or not layers:
-        return [(name, None) for name, _ in layers]
-    try:
-        # Of several devices' threads only this one is free of dropout.
-        with torch.autograd.set_multithreading_enabled(False):
-            found = torch.autograd.grad(
-                [x for _, x in roots], [x for _, x in layers], [weigh(i, x) for i, x in roots], allow_unused=True
-            )
-    except RuntimeError as error:
-        raise ValueError(
-            f"the model's backward could not be run on a few examples of its first batch ({error}): nothing is known then of "
-            "whether it keeps examples apart"
-        ) from error
-    return [(name, g) for (name, _), g in zip(layers, found, strict=True)]

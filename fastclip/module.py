@@ -25,11 +25,12 @@ from fastclip.clipping import ClippingRule, check_norm, make_rule
 from fastclip.forward import Forward
 from fastclip.large_units import accumulate_unit
 from fastclip.layers import Rule, find_rule
+from fastclip.layers.activation import activation_of
 from fastclip.layers.bare import Targets
 from fastclip.layers.site import no_autocast
 from fastclip.layouts import Layouts
 from fastclip.precision import full_precision
-from fastclip.routing import LayerRoute, MethodRoute, RootRoute, Route
+from fastclip.routing import ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
 
@@ -312,6 +313,10 @@ class Clipper:
             if module not in self._routes:
                 self._routes[module] = [LayerRoute(self, module, names[module], rule, targets)]
                 self.layouts.forget()
+        for module in modules.values():
+            function = None if module in self._routes else activation_of(module)
+            if function is not None and "forward" not in module.__dict__:
+                self._routes[module] = [ActivationRoute(self, module, function)]
         for module, method, child in plan.biases_without_batch(modules):
             routes = self._routes.setdefault(module, [])
             if not any(isinstance(r, MethodRoute) for r in routes):

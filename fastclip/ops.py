@@ -1,162 +1,22 @@
-"""Every op once: schema, fake, and the choice of a backend.
+"""Every op once, with what it refuses; :mod:`fastclip.dispatch` chooses what runs it.
 
-The device decides: Triton on CUDA, C++ on CPU, plain torch (:mod:`fastclip.reference`) wherever a compiled one is absent.
-A backend that is asked for by name and cannot run raises. Shapes and meanings stand in :mod:`fastclip.reference`.
+Shapes and meanings stand in :mod:`fastclip.reference`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastclip import random, reference
-
-Backend = Literal["triton", "cpp", "torch"]
-
-_SCHEMAS = {
-    "linear_norms": '(Tensor a, Tensor[] g, Tensor offsets, str route="auto") -> Tensor',
-    "row_norm_products": "(Tensor a, Tensor g, Tensor offsets) -> Tensor",
-    "embedding_norm": "(Tensor ids, Tensor g, Tensor offsets, int? padding_idx=None) -> Tensor",
-    "tied_cross": "(Tensor h, Tensor z, Tensor head_offsets, Tensor ids, Tensor e, Tensor offsets, int? padding_idx=None)"
-    " -> Tensor",
-    "affine_norm": "(Tensor g, Tensor? x_hat, Tensor offsets) -> Tensor",
-    "segment_sum": "(Tensor g, Tensor? x_hat, Tensor offsets) -> Tensor",
-    "clipped_gemm": "(Tensor a, Tensor g, Tensor offsets, Tensor factors, Tensor(a!) out, bool accumulate=True) -> ()",
-    "clipped_embedding": "(Tensor ids, Tensor g, Tensor offsets, Tensor factors, Tensor(a!) out, int? padding_idx=None)"
-    " -> ()",
-    "clipped_sum": "(Tensor grads, Tensor factors, Tensor(a!) out) -> ()",
-}
-_STREAM = "float std, float scale, Tensor key, int nonce"
-_NOISE_SCHEMAS = {
-    "add_noise": f"(Tensor grad_sum, Tensor(a!) out, {_STREAM}, int block, int skip) -> ()",
-    "clip_accumulate_noise": f"(Tensor[] grad_samples, Tensor factors, Tensor(a!)[] outs, {_STREAM}, int[] blocks, "
-    "int[] skips) -> ()",
-    "noise_adamw": f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, {_STREAM}, "
-    "int[] blocks, int[] skips, float lr, float beta1, float beta2, float eps, float weight_decay, int[] steps) -> ()",
-    "noise_sgd": f"(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, {_STREAM}, int[] blocks, "
-    "int[] skips, float lr, float momentum, float dampening, float weight_decay, bool nesterov, bool first) -> ()",
-}
-
-
-def _register() -> None:
-    def without_result(function: Callable[..., Tensor]) -> Callable[..., None]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            function(*args, **kwargs)
-
-        return run
-
-    def norms_fake(*args: Any) -> Tensor:
-        offsets = [x for x in args if isinstance(x, Tensor)][-1]  # the last tensor of every op that returns norms
-        return offsets.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
-
-    def linear_norms_fake(a: Tensor, g: list[Tensor], offsets: Tensor, route: str = "auto") -> Tensor:
-        return offsets.new_empty(len(g), 2, offsets.shape[0] - 1, dtype=torch.float64)
-
-    def segment_sum_fake(g: Tensor, x_hat: Tensor | None, offsets: Tensor) -> Tensor:
-        return g.new_empty(offsets.shape[0] - 1, g.shape[1], dtype=reference.accumulation_dtype(g.dtype))
-
-    def nothing_fake(*args: Any) -> None:
-        return None
-
-    for name, schema in _SCHEMAS.items():
-        function, mutates = getattr(reference, name), schema.endswith("()")
-        torch.library.define(f"fastclip::{name}", schema)
-        torch.library.impl(f"fastclip::{name}", "default", without_result(function) if mutates else function)
-        special: dict[str, Callable[..., Any]] = {"segment_sum": segment_sum_fake, "linear_norms": linear_norms_fake}
-        fake: Callable[..., Any] = nothing_fake if mutates else special.get(name, norms_fake)
-        torch.library.register_fake(f"fastclip::{name}", fake)
-    # No default in Python: frames between the dispatcher and the function would hold the key.
-    for name, schema in _NOISE_SCHEMAS.items():
-        torch.library.define(f"fastclip::{name}", schema)
-        torch.library.register_fake(f"fastclip::{name}", nothing_fake)
-
-
-def _load() -> str | None:
-    """Loads the compiled kernels; why not, if not."""
-    try:
-        importlib.import_module("fastclip._C")
-    except ImportError as error:
-        return f"not built ({error}); reinstall with a C++20 compiler and --no-build-isolation"
-    return None
-
-
-_register()
-_cpp_missing = _load()
-_ops = torch.ops.fastclip
-
-
-def backends() -> dict[str, dict[str, str]]:
-    """What is compiled, what is used, and why: ``{"torch": {"state": ..., "why": ...}, ...}``."""
-    return {
-        "triton": {"state": "absent", "why": "no Triton kernels in this version: CUDA tensors run in plain torch"},
-        "cpp": {"state": "absent", "why": _cpp_missing}
-        if _cpp_missing
-        else {
-            "state": "used",
-            "why": "compiled: every op on CPU",
-        },
-        "torch": {"state": "used", "why": "plain torch and numpy, every device"},
-    }
-
-
-def _check_backend(backend: Backend | None) -> None:
-    if backend is None:
-        return
-    known = backends()
-    if backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
-    if known[backend]["state"] == "absent":
-        raise RuntimeError(f"backend={backend!r} cannot run: {known[backend]['why']}")
-
-
-def _run(name: str, backend: Backend | None, *args: Any) -> Any:
-    _check_backend(backend)
-    if backend == "torch":
-        return getattr(reference, name)(*args)
-    if backend == "cpp":
-        _check_cpu(name, *args)
-    return getattr(_ops, name)(*args)
-
-
-def _check_cpu(name: str, *args: Any) -> None:
-    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
-    devices = {str(x.device) for x in tensors} - {"cpu"}
-    if devices:
-        raise RuntimeError(f'{name}: backend="cpp" cannot run on {", ".join(sorted(devices))}; leave backend out')
-
-
-def _check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
-    if offsets.dim() != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"offsets must be int32 of shape [U + 1], got {offsets.dtype} {list(offsets.shape)}")
-    given = {name: x for name, x in rows.items() if x is not None}
-    if len({x.shape[0] if x.dim() else None for x in given.values()}) > 1:
-        shapes = {name: list(x.shape) for name, x in given.items()}
-        raise ValueError(f"all of {', '.join(shapes)} must have the same number of rows, got {shapes}")
-    first = next(iter(given.values()))
-    if first.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_offsets(offsets, first.shape[0])
-
-
-# Offsets that were found good: their version then, and the number of rows. One tensor serves every layer of a backward.
-_good_offsets: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _check_offsets(offsets: Tensor, rows: int) -> None:
-    known = None if offsets.is_inference() else (offsets._version, rows)
-    if known is not None and _good_offsets.get(offsets) == known:
-        return
-    # Not through a list: thousands of units are common.
-    if offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to the number of rows, {rows}; got {offsets[:8].tolist()}...")
-    if known is not None:
-        _good_offsets[offsets] = known
+from fastclip.dispatch import Backend, check_backend, check_rows, compiled, run
+from fastclip.dispatch import backends as backends
+from fastclip.dispatch import cpp_missing as _cpp_missing
 
 
 def linear_norm(
@@ -185,14 +45,14 @@ def linear_norms(
         raise ValueError(f'route must be "auto", "gram" or "direct", got {route!r}')
     if not g:
         raise ValueError("g must hold at least one tensor, got none")
-    _check_rows(offsets, a=a, **{f"g[{k}]" if len(g) > 1 else "g": x for k, x in enumerate(g)})
-    return _run("linear_norms", backend, a, list(g), offsets, route)
+    check_rows(offsets, a=a, **{f"g[{k}]" if len(g) > 1 else "g": x for k, x in enumerate(g)})
+    return run("linear_norms", backend, a, list(g), offsets, route)
 
 
 def row_norm_products(a: Tensor, g: Tensor, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:
     """fp64 ``[U]`` sums of ``|a_t||g_t|``: :func:`fastclip.reference.row_norm_products`. Raises as linear_norm."""
-    _check_rows(offsets, a=a, g=g)
-    return _run("row_norm_products", backend, a, g, offsets)
+    check_rows(offsets, a=a, g=g)
+    return run("row_norm_products", backend, a, g, offsets)
 
 
 def embedding_norm(
@@ -202,8 +62,8 @@ def embedding_norm(
 
     ids: int ``[N]``, g: ``[N, d]``, offsets: int32 ``[U + 1]``. Raises as linear_norm.
     """
-    _check_rows(offsets, ids=ids, g=g)
-    return _run("embedding_norm", backend, ids, g, offsets, padding_idx)
+    check_rows(offsets, ids=ids, g=g)
+    return run("embedding_norm", backend, ids, g, offsets, padding_idx)
 
 
 def tied_cross(
@@ -221,9 +81,9 @@ def tied_cross(
 
     h: ``[S, d]``, z: ``[S, V]``, ids: int ``[N]``, e: ``[N, d]``. Raises as linear_norm.
     """
-    _check_rows(head_offsets, h=h, z=z)
-    _check_rows(offsets, ids=ids, e=e)
-    return _run("tied_cross", backend, h, z, head_offsets, ids, e, offsets, padding_idx)
+    check_rows(head_offsets, h=h, z=z)
+    check_rows(offsets, ids=ids, e=e)
+    return run("tied_cross", backend, h, z, head_offsets, ids, e, offsets, padding_idx)
 
 
 def affine_norm(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:
@@ -231,14 +91,14 @@ def affine_norm(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Ba
 
     g, x_hat: ``[N, p]``, offsets: int32 ``[U + 1]``. Raises as linear_norm.
     """
-    _check_rows(offsets, g=g, x_hat=x_hat)
-    return _run("affine_norm", backend, g, x_hat, offsets)
+    check_rows(offsets, g=g, x_hat=x_hat)
+    return run("affine_norm", backend, g, x_hat, offsets)
 
 
 def segment_sum(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Backend | None = None) -> Tensor:
     """[U, p] sums of ``g_t`` or ``g_t * x_hat_t`` a unit: :func:`fastclip.reference.segment_sum`. Raises as linear_norm."""
-    _check_rows(offsets, g=g, x_hat=x_hat)
-    return _run("segment_sum", backend, g, x_hat, offsets)
+    check_rows(offsets, g=g, x_hat=x_hat)
+    return run("segment_sum", backend, g, x_hat, offsets)
 
 
 def clipped_gemm(
@@ -255,10 +115,10 @@ def clipped_gemm(
 
     a: ``[N, d]``, g: ``[N, p]``, factors: ``[U]``, out: fp32 or fp64 ``[p, d]``. Raises as linear_norm.
     """
-    _check_rows(offsets, a=a, g=g)
+    check_rows(offsets, a=a, g=g)
     if out.shape != (g.shape[1], a.shape[1]):
         raise ValueError(f"out must have shape [{g.shape[1]}, {a.shape[1]}], got {list(out.shape)}")
-    _run("clipped_gemm", backend, a, g, offsets, factors, out, accumulate)
+    run("clipped_gemm", backend, a, g, offsets, factors, out, accumulate)
     return out
 
 
@@ -276,8 +136,8 @@ def clipped_embedding(
 
     ids: int ``[N]``, g: ``[N, d]``, factors: ``[U]``, out: fp32 or fp64 ``[V, d]``.
     """
-    _check_rows(offsets, ids=ids, g=g)
-    _run("clipped_embedding", backend, ids, g, offsets, factors, out, padding_idx)
+    check_rows(offsets, ids=ids, g=g)
+    run("clipped_embedding", backend, ids, g, offsets, factors, out, padding_idx)
     return out
 
 
@@ -288,8 +148,38 @@ def clipped_sum(grads: Tensor, factors: Tensor, out: Tensor, *, backend: Backend
     """
     if grads.shape[1:] != out.shape:
         raise ValueError(f"out must have shape {list(grads.shape[1:])}, got {list(out.shape)}")
-    _run("clipped_sum", backend, grads, factors, out)
+    run("clipped_sum", backend, grads, factors, out)
     return out
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """fp32 ``[2, R]`` (fp64 for fp64) losses and log-sum-exps of rows: :func:`fastclip.reference.cross_entropy`.
+
+    logits: ``[R, V]``, labels: int ``[R]`` in [0, V). Raises ValueError if the shapes do not fit.
+    """
+    _check_labels(logits, labels)
+    return run("cross_entropy", backend, logits, labels)
+
+
+def cross_entropy_backward(
+    logits: Tensor, labels: Tensor, lse: Tensor, g: Tensor, *, backend: Backend | None = None
+) -> Tensor:
+    """``logits = g_r (softmax(logits) - onehot(labels))``, returned: :func:`fastclip.reference.cross_entropy_backward`.
+
+    logits: ``[R, V]``, written; lse, g: ``[R]``. Raises as cross_entropy.
+    """
+    _check_labels(logits, labels)
+    if lse.shape != labels.shape or g.shape != labels.shape:
+        raise ValueError(f"lse and g must be {list(labels.shape)}, got {list(lse.shape)} and {list(g.shape)}")
+    run("cross_entropy_backward", backend, logits, labels, lse, g)
+    return logits
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"logits must be [R, V] and labels integers [R], got {list(logits.shape)} and {labels.dtype} {list(labels.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -332,8 +222,9 @@ def add_noise(grad_sum: Tensor, out: Tensor, draw: Draw, *, backend: Backend | N
     grad_sum: ``[n]`` fp32 or fp64, out: ``[n]`` fp32, bf16 or fp16, contiguous, on CPU. Raises RuntimeError if ``backend``
     cannot run.
     """
-    if _compiled(backend):
-        _ops.add_noise(grad_sum, out, *draw.stream(), *draw.place())
+    kernel = _noise_kernel("add_noise", backend, grad_sum)
+    if kernel:
+        kernel(grad_sum, out, *draw.stream(), *draw.place())
     else:
         random.add_noise(grad_sum, out, draw.std, draw.scale, draw.key, draw.nonce, draw.offset)
     return out
@@ -371,8 +262,9 @@ def clip_accumulate_noise(
     draws = [Draw(std, 1.0, key, nonce, first) for first, _ in zip(starts, outs, strict=False)]
     if not outs:
         return out
-    if _compiled(backend):
-        _ops.clip_accumulate_noise(samples, factors, outs, *draws[0].stream(), *_places(draws))
+    kernel = _noise_kernel("clip_accumulate_noise", backend, outs[0])
+    if kernel:
+        kernel(samples, factors, outs, *draws[0].stream(), *_places(draws))
     else:
         for x, to, draw in zip(samples, outs, draws, strict=True):
             total = reference.clipped_sum(x, factors, to.new_zeros(to.shape, dtype=torch.float64))
@@ -403,9 +295,10 @@ def noise_adamw(
     _check_lists(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, draws=draws, steps=steps)
     if not params:
         return
-    if _compiled(backend):
+    kernel = _noise_kernel("noise_adamw", backend, params[0])
+    if kernel:
         tensors = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs)]
-        _ops.noise_adamw(*tensors, *draws[0].stream(), *_places(draws), lr, *betas, eps, weight_decay, list(steps))
+        kernel(*tensors, *draws[0].stream(), *_places(draws), lr, *betas, eps, weight_decay, list(steps))
         return
     _places(draws)
     for p, g, m, v, draw, step in zip(params, grads, exp_avgs, exp_avg_sqs, draws, steps, strict=True):
@@ -435,9 +328,10 @@ def noise_sgd(
     if not params:
         return
     rest = (lr, momentum, dampening, weight_decay, nesterov, first)
-    if _compiled(backend):
+    kernel = _noise_kernel("noise_sgd", backend, params[0])
+    if kernel:
         tensors = [list(x) for x in (params, grads, momentum_buffers)]
-        _ops.noise_sgd(*tensors, *draws[0].stream(), *_places(draws), *rest)
+        kernel(*tensors, *draws[0].stream(), *_places(draws), *rest)
         return
     _places(draws)
     buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
@@ -462,9 +356,12 @@ def _check_lists(**lists: Sequence[Any]) -> None:
         raise ValueError(f"{', '.join(sizes)} must be as many, got {sizes}")
 
 
-def _compiled(backend: Backend | None) -> bool:
-    _check_backend(backend)
-    return backend == "cpp" or (backend is None and _cpp_missing is None)
+def _noise_kernel(name: str, backend: Backend | None, first: Tensor) -> Callable[..., Any] | None:
+    """What runs a noise op on tensors of first's device; None for numpy."""
+    check_backend(backend)
+    if backend == "torch" or (backend is None and _cpp_missing is not None and not first.is_cuda):
+        return None
+    return compiled(name, backend, first)
 
 
 def _signed(word: int) -> int:

@@ -269,6 +269,26 @@ def clipped_sum(grads: Tensor, factors: Tensor, out: Tensor) -> Tensor:
     return out.add_((factors @ flat).view_as(out))
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """fp32 (fp64 for fp64) ``[2, R]``: softmax cross-entropy of each row, in nats, and its log-sum-exp.
+
+    logits: ``[R, V]``, labels: int ``[R]`` in [0, V).
+    """
+    wide = logits.to(accumulation_dtype(logits.dtype))
+    lse = torch.logsumexp(wide, 1)
+    return torch.stack([lse - wide.gather(1, labels.long()[:, None]).squeeze(1), lse])
+
+
+def cross_entropy_backward(logits: Tensor, labels: Tensor, lse: Tensor, g: Tensor) -> Tensor:
+    """``logits = g_r (softmax(logits) - onehot(labels))`` in their place, returned. logits: ``[R, V]``, lse, g: ``[R]``."""
+    rows, labels = torch.arange(labels.numel(), device=logits.device), labels.long()
+    wide = logits.to(accumulation_dtype(logits.dtype)) - lse[:, None]
+    at_label = wide[rows, labels].expm1()  # softmax - 1 cancels in a narrower dtype
+    wide = wide.exp_()
+    wide[rows, labels] = at_label
+    return logits.copy_(wide.mul_(g.to(wide.dtype)[:, None]))
+
+
 def adamw_(
     param: Tensor,
     grad: Tensor,

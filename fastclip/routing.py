@@ -6,8 +6,11 @@ deep-copied module finds its own class's forward again and is plain.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,29 @@ if TYPE_CHECKING:
 
 
 CALL = "()"  # behind a module's name: the caught call inside it
+_local = threading.local()
+
+
+class Held(NamedTuple):
+    """A layer's call that did not run: its input, and whose rows those are (None where nothing in it is trained)."""
+
+    site: Site | None
+    input: Tensor
+
+
+@contextmanager
+def held_back(layer: nn.Module) -> Iterator[list[Held]]:
+    """While it lasts, this thread's calls of an attached model's layer give back their input, and are listed instead.
+
+    Not those of a trial, nor any where autograd is off: these run as they are.
+    """
+    outer = getattr(_local, "held", {})
+    calls: list[Held] = []
+    _local.held = {**outer, layer: calls}
+    try:
+        yield calls
+    finally:
+        _local.held = outer
 
 
 class Route:
@@ -82,9 +108,36 @@ class LayerRoute(Route):
             return clipper.layouts.probe.see(self.name, self._watched, (args, kwargs))
         if in_backward():
             clipper.passes.current()  # recomputation: arms the callback on the outermost backward
-        if not torch.is_grad_enabled() or not self.trainable():
+        if not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        held = getattr(_local, "held", {}).get(self.module)
+        if held is not None and (call := self.placed(*args, **kwargs)) is not None:
+            held.append(call)
+            return call.input
+        if not self.trainable():
             return self.original(*args, **kwargs)
         return self._run(clipper.current_forward(self.name), args, kwargs)
+
+    def followed(self) -> bool:
+        """Whether calls go through the rule now: attached, and no trial under way."""
+        return self.clipper.attached and not self.bypass and self.clipper.layouts.probe is None
+
+    def placed(self, input: Tensor) -> Held | None:
+        """A call with this input, without running it. None where one input serves all examples."""
+        if in_backward():
+            self.clipper.passes.current()  # as in __call__
+        if not self.trainable():
+            return Held(None, input)
+        forward = self.clipper.current_forward(self.name)
+        packed = forward.units.num_rows
+        if packed is not None:
+            if input.shape[:-1].numel() != packed:
+                raise ValueError(
+                    f"{self.name}: offsets cover {packed} rows, but its input has shape {list(input.shape)}"
+                )
+            return Held(Site(forward, self.name, packed), input)
+        site, spread = self._place(self.name, forward, input)
+        return Held(site, input) if spread is input else None
 
     def trainable(self) -> bool:
         return any(p.requires_grad for p in params_of(self.targets))
@@ -196,6 +249,17 @@ class LayerRoute(Route):
         else:
             out = self.rule(site, self.module, *args, **kwargs)
         return out if flat is first else out[None]
+
+
+class ActivationRoute(Route):
+    """An activation by one function instead of many operations: nothing of it is trained."""
+
+    def __init__(self, clipper: Clipper, module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(clipper, module)
+        self.function = function
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.function(input) if self.clipper.attached else self.original(input)
 
 
 class MethodRoute(Route):

@@ -44,6 +44,16 @@ class LinearRows:
         """How many terms an element of the clipped sum gets at most."""
         return self.a.shape[0]
 
+    def smaller(self, shape: torch.Size) -> LinearRows | PerUnit:
+        """The form that holds fewer numbers: these factors, or for long units the gradients themselves, ``[U, *shape]``.
+
+        Those take the plain step's own products, and their norms one more look at them.
+        """
+        (rows, d), p = self.a.shape, self.g.shape[1]
+        if not rows or self.segments.num_units * d * p > rows * (d + p):
+            return self
+        return PerUnit(self.per_unit(shape), owned=True)
+
     def part(self, start: int, stop: int) -> LinearRows:
         """The gradient of rows ``start:stop`` of the parameter."""
         return LinearRows(self.a, self.g[:, start:stop], self.segments)
@@ -85,11 +95,15 @@ class EmbeddingRows:
 
     def per_unit(self, shape: torch.Size) -> Tensor:
         """[U, V, d]."""
-        num_units = self.segments.num_units
-        out = self.g.new_zeros(num_units * shape[0], shape[1], dtype=accumulation_dtype(self.g.dtype))
-        rows = self.ids.long() + self.segments.unit_of_row() * shape[0]
+        out = self.g.new_zeros(self.segments.num_units, *shape, dtype=accumulation_dtype(self.g.dtype))
+        self.add_per_unit(out)
+        return out
+
+    def add_per_unit(self, out: Tensor) -> None:
+        """out: ``[U, V, d]``, contiguous."""
+        rows = self.ids.long() + self.segments.unit_of_row() * out.shape[1]
         keep = slice(None) if self.padding_idx is None else self.ids != self.padding_idx
-        return out.index_add_(0, rows[keep], self.g.to(out.dtype)[keep]).view(num_units, *shape)
+        out.view(-1, out.shape[2]).index_add_(0, rows[keep], self.g.to(out.dtype)[keep])
 
     def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:
         if not accumulate:
@@ -99,9 +113,13 @@ class EmbeddingRows:
 
 @dataclass(frozen=True)
 class PerUnit:
-    """Gradients materialised a unit: ``[U, *shape]``. Norm and sum use the very same numbers."""
+    """Gradients materialised a unit: ``[U, *shape]``. Norm and sum use the very same numbers.
+
+    owned: nobody else holds them, so that others may be added in place.
+    """
 
     grads: Tensor
+    owned: bool = False
 
     @property
     def terms(self) -> int:
@@ -151,9 +169,13 @@ def _one_form(slot: Slot, entries: list[Entry]) -> list[Entry]:
         return entries
     p, start, stop = slot
     shape = torch.Size([stop - start, *p.shape[1:]]) if p.dim() else p.shape
-    total = entries[0].per_unit(shape)
+    entries = sorted(entries, key=lambda e: not (isinstance(e, PerUnit) and e.owned))
+    total, ours = entries[0].per_unit(shape), isinstance(entries[0], PerUnit) and entries[0].owned
     for e in entries[1:]:
-        total = total + e.per_unit(shape)
+        if ours and isinstance(e, EmbeddingRows) and accumulation_dtype(e.g.dtype) == total.dtype:
+            e.add_per_unit(total)
+        else:
+            total, ours = total + e.per_unit(shape), True
     return [PerUnit(total)]
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -28,47 +27,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastclip.batch import batch_dim_of
 from fastclip.copies import Run, choose, no_batch_dim, same
-from fastclip.coupling import Gradients, Outputs, coupled, gradients, weights
+from fastclip.coupling import Arrival, Taps, coupled, weights
 from fastclip.layers.bare import Targets
-from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows, padded, unpacked
+from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows, padded
 from fastclip.trial_modes import NoDropout, Picks, differentiable
+from fastclip.trial_values import OTHER_SHAPE, SAME_SHAPE, adds_up, change, is_float, output_leaves, rows_same
 from fastclip.units import PrivacyUnits
-
-# Runs of one shape go through the same kernels: what remains is another path through attention for another mask.
-_SAME_SHAPE = 1e-5
-_OTHER_SHAPE = 1e-4
 
 
 class CannotTry(ValueError):
     """The model does not run on a few examples of its batch."""
-
-
-def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
-    """Another value of the same kind for one example x ``[...]``: valid ids stay valid, masks stay masks.
-
-    name: the argument's. others: ``[n, ...]``, the batch's own rows. strongly: grow values instead of shrinking them, end a
-    mask of ones earlier, ignore half of the labels.
-    """
-    if "length" in name:
-        return x  # must fit the rest of the example, and may have to be in order
-    if x.is_floating_point():
-        flipped = x.flip(-1) if x.dim() else x
-        return flipped * -3 + 0.5 if strongly else flipped * 0.9 + 0.05
-    half = x.shape[-1] // 2 if x.dim() else 0
-    if strongly and half and ("mask" in name or "label" in name):
-        x = x.clone()
-        x[..., half:] = 0 if "mask" in name else -100
-        return x
-    candidates = [x.flip(-1)] if x.dim() else []
-    candidates += [row for row in others if row.shape == x.shape]
-    if others.dtype != torch.bool and "mask" not in name:
-        # Other values, not only another order: what only adds rows up would not notice that.
-        # Ignored labels stay ignored: half way between them and the rest nothing is valid.
-        valid = others[others != -100]
-        low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
-        candidates = [torch.where(x == -100, x, low + high - x), *candidates]
-        candidates += [torch.full_like(x, low), torch.full_like(x, high)]
-    return next((c for c in candidates if not torch.equal(c, x)), x)
 
 
 class Probe:
@@ -100,7 +68,7 @@ class Probe:
         self._plain_out: list[Any] = []  # three examples as they are: output leaves, and inputs of layers
         self._plain_seen: dict[str, list[list[Any]]] = {}
         self._visit: Callable[[str, Run, Any], Any] | None = None  # another thing to do at each layer
-        self._outputs: Outputs | None = None  # what layers answered with, where a run is differentiated
+        self._taps: Taps | None = None  # on what layers answer with, where a run is to be differentiated
         self.laws: dict[str, Law] = {}
         self.varying: set[str] = set()  # layers whose number of calls depends on the number of examples
         self.changed = False  # whether there were two different inputs to compare
@@ -116,11 +84,7 @@ class Probe:
             kept = [self._keep(name, x.detach()).clone() if isinstance(x, Tensor) else None for x in leaves]
             self._seen.setdefault(name, []).append(kept)
         out = forward(*args[0], **args[1])
-        if self._outputs is not None:
-            self._outputs += [
-                (name, x) for x in tree_leaves(unpacked(out)) if isinstance(x, Tensor) and x.requires_grad
-            ]
-        return out
+        return out if self._taps is None else self._taps.tap(name, out)
 
     def _call(self, inputs: Sequence[Any], keep: Callable[[str, Tensor], Tensor] | None) -> list[Any]:
         """Output leaves of the model on these argument leaves, from the same buffers and random state every time."""
@@ -141,7 +105,7 @@ class Probe:
         finally:
             self._keep = None
         self._left = {name: b.clone() for name, b in self._model.named_buffers()}
-        return _output_leaves(padded(out), set())
+        return output_leaves(padded(out), set())
 
     def _restore(self) -> None:
         for name, b in self._model.named_buffers():
@@ -169,20 +133,48 @@ class Probe:
             inputs.append(leaf)
         return inputs
 
-    def _outputs_of(self, inputs: Sequence[Any]) -> tuple[list[Any], Outputs]:
-        """The model's output leaves and what its layers answered with, both with their graph."""
-        self._outputs = []
+    def _tapped(self, inputs: Sequence[Any]) -> tuple[list[Any], Taps]:
+        """The model's output leaves with their graph, and the taps in it."""
+        self._taps = taps = Taps()
         try:
             with torch.enable_grad(), differentiable():
-                return self._call(inputs, None), self._outputs
+                return self._call(inputs, None), taps
         finally:
-            self._outputs = None
+            self._taps = None
 
-    def _differentiate(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]) -> Gradients:
-        """Gradients of the model's weighed output leaves at all layers' outputs. weigh: weights of leaf i, of its shape."""
-        out, layers = self._outputs_of(inputs)
+    def _differentiate(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor], arrive: Arrival) -> Taps:
+        """Shows the gradients of the model's weighed output leaves at all layers' outputs. weigh: weights of leaf i."""
+        out, taps = self._tapped(inputs)
         with NoDropout(), differentiable():
-            return gradients(out, layers, weigh)
+            taps.differentiate(out, weigh, arrive)
+        return taps
+
+    def _gradients(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]) -> dict[int, Tensor]:
+        """By the number of the layer's output."""
+        found: dict[int, Tensor] = {}
+        self._differentiate(inputs, weigh, found.__setitem__)
+        return found
+
+    def _same_gradients(
+        self,
+        plain: Mapping[int, Tensor],
+        inputs: Sequence[Any],
+        weigh: Callable[[int, Tensor], Tensor],
+        alike: Callable[[int, Tensor, Tensor], bool],
+    ) -> None:
+        """Raises ValueError unless every gradient arrives again, ``alike`` to the one before."""
+        missing, unlike = set(plain), set[int]()
+
+        def compare(number: int, g: Tensor) -> None:
+            if number in plain:
+                missing.discard(number)
+                if not alike(number, plain[number], g):
+                    unlike.add(number)
+
+        taps = self._differentiate(inputs, weigh, compare)
+        if missing or unlike:
+            number = min(missing | unlike)
+            raise ValueError(coupled(taps.names[number] if number < len(taps.names) else ""))
 
     def written(self) -> set[str]:
         """Buffers that the last run wrote."""
@@ -245,7 +237,7 @@ class Probe:
                     if law is None or not isinstance(x, Tensor):
                         continue
                     dim = law.dim if law.dim is not None and law.dim < x.dim() and x.shape[law.dim] % 3 == 0 else None
-                    if not _rows_same(x, y, dim, others):
+                    if not rows_same(x, y, dim, others):
                         raise ValueError(
                             f"examples are not independent at the input of {name or 'the model'}: changing one example "
                             "changed the rows of another (or dim 0 is not the batch). Remove what mixes examples, give "
@@ -253,18 +245,18 @@ class Probe:
                         )
         for small, x, y in zip(self._small_out, self._plain_out, out, strict=True):
             dim = growing_dim(small, x)
-            if dim is not None and not _rows_same(x, y, dim, others):
+            if dim is not None and not rows_same(x, y, dim, others):
                 raise ValueError("examples are not independent: changing one changed the output of another")
 
     def _check_additive(self) -> None:
         """Losses that the model computes itself: changing two examples changes them by what changing each does."""
         pairs = enumerate(zip(self._small_out, self._plain_out, strict=True))
-        losses = [i for i, (small, x) in pairs if _is_float(x) and x.numel() and growing_dim(small, x) is None]
+        losses = [i for i, (small, x) in pairs if is_float(x) and x.numel() and growing_dim(small, x) is None]
         if not losses:
             return
         first, last, both = (self.run(3, changed=c, strongly=(0, 2)) for c in ((0,), (2,), (0, 2)))
         for i in losses:
-            if not _adds_up(*(run[i] for run in (self._plain_out, first, last, both))):
+            if not adds_up(*(run[i] for run in (self._plain_out, first, last, both))):
                 raise ValueError(
                     "examples are not independent in the loss that the model returns (a mean over the batch's tokens, "
                     "negatives from the batch): compute one loss per example from its logits, as fastclip.huggingface does"
@@ -273,17 +265,20 @@ class Probe:
     def _check_backward(self) -> None:
         """Changing one example, and the gradient that comes back to it, changes no other's gradient at any layer."""
         self._seen, self._plain_seen = {}, {}  # as large as activations, and done with
-        small = [x.shape for _, x in self._outputs_of(self._inputs(2, (), ()))[1]]
+        small = self._tapped(self._inputs(2, (), ()))[1].shapes
         dims = [growing_dim(s, x) for s, x in zip(self._small_out, self._plain_out, strict=True)]
-        plain = self._differentiate(self._inputs(3, (), ()), partial(_weigh_rows, dims, ()))
+        plain = self._gradients(self._inputs(3, (), ()), partial(_weigh_rows, dims, ()))
         for changed in (0, 2):
             rest = [i for i in range(3) if i != changed]
-            other = self._differentiate(self._inputs(3, (changed,), (2,)), partial(_weigh_rows, dims, (changed,)))
-            for (name, x), (_, y), shape in zip(plain, other, small, strict=True):
-                dim = None if x is None else next((i for i, n in enumerate(shape) if n != x.shape[i]), None)
-                if x is not None and dim is not None and not _rows_same(x, y, dim, rest, _OTHER_SHAPE):
-                    raise ValueError(coupled(name))
-            other = []  # as large as activations too
+
+            def alike(number: int, x: Tensor, y: Tensor, rest: Sequence[int] = rest) -> bool:
+                shape = small[number] if number < len(small) else x.shape
+                dim = next((i for i, n in enumerate(shape) if n != x.shape[i]), None)
+                return dim is None or rows_same(x, y, dim, rest, OTHER_SHAPE)
+
+            self._same_gradients(
+                plain, self._inputs(3, (changed,), (2,)), partial(_weigh_rows, dims, (changed,)), alike
+            )
 
     def _check_whole_batch(self) -> None:
         """Three examples have the same rows in the whole batch as alone."""
@@ -302,7 +297,7 @@ class Probe:
         for name, calls in self._plain_seen.items():
             for old, new in zip(calls, self._seen.get(name, []), strict=False):
                 for x, y in zip(old, new, strict=False):
-                    if isinstance(x, Tensor) and y.numel() and x.shape == y.shape and not same(x, y, _OTHER_SHAPE):
+                    if isinstance(x, Tensor) and y.numel() and x.shape == y.shape and not same(x, y, OTHER_SHAPE):
                         raise ValueError(
                             f"examples are not independent at the input of {name or 'the model'}: three examples have other "
                             "rows in the whole batch than alone"
@@ -318,7 +313,7 @@ class Probe:
         segments = [(i, j) for i, j in pairwise(bounds) if j > i]
         self._plain_out = self._call(self._leaves, lambda _name, x: x)
         self._plain_seen = self._seen
-        plain = self._packed_gradients(self._leaves, (), rows) if strict else []
+        plain = self._gradients(self._leaves, partial(_weigh_packed, rows, ())) if strict else {}
         for k, (start, stop) in enumerate([segments[0], segments[len(segments) // 2], segments[-1]]):
             inputs = [
                 self._change_rows(name, x, rows, start, stop, k > 0) if flag else x
@@ -332,13 +327,15 @@ class Probe:
                     pairs += [(name or "the model", x, y) for x, y in zip(old, new, strict=False)]
             for where, x, y in pairs:
                 x, y = (packed_rows(t, rows) if isinstance(t, Tensor) else None for t in (x, y))
-                if strict and x is not None and y is not None and not same(x[keep], y[keep], _SAME_SHAPE):
+                if strict and x is not None and y is not None and not same(x[keep], y[keep], SAME_SHAPE):
                     raise ValueError(f"segments of the packed batch are not independent at {where}")
-            backward = self._packed_gradients(inputs, range(start, stop), rows) if strict else []
-            for (name, x), (_, y) in zip(plain, backward, strict=True):
-                x, y = (None if t is None else packed_rows(t, rows) for t in (x, y))
-                if x is not None and y is not None and not same(x[keep], y[keep], _OTHER_SHAPE):
-                    raise ValueError(coupled(name))
+            if strict:
+
+                def alike(_number: int, x: Tensor, y: Tensor, keep: Sequence[int] = keep) -> bool:
+                    kept = [t if t is None else t[keep] for t in (packed_rows(x, rows), packed_rows(y, rows))]
+                    return kept[0] is None or (kept[1] is not None and same(kept[0], kept[1], OTHER_SHAPE))
+
+                self._same_gradients(plain, inputs, partial(_weigh_packed, rows, range(start, stop)), alike)
         self.changed = self.changed and len(segments) > 1
         for name in bare:
             if name in self._plain_seen:
@@ -347,10 +344,6 @@ class Probe:
                 batched = tuple(i == first for i in range(len(call)))
                 self.laws[name] = Law(0, True, batched, tuple(call[first].shape))
         self._choose_packed(bare, rows)
-
-    def _packed_gradients(self, inputs: Sequence[Any], changed: Sequence[int], rows: int) -> Gradients:
-        """Gradients at all layers' outputs, with other weights on the ``changed`` rows of the model's output."""
-        return self._differentiate(inputs, lambda _i, x: weights(x, packed_dim(x, rows), rows, changed))
 
     def _change_rows(self, name: str, x: Tensor, rows: int, start: int, stop: int, strongly: bool) -> Tensor:
         out = x.detach().clone()
@@ -444,47 +437,8 @@ def _weigh_rows(dims: Sequence[int | None], changed: Sequence[int], leaf: int, x
     return weights(x, dims[leaf], 3, changed)
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
-def _adds_up(plain: Tensor, first: Any, last: Any, both: Any) -> bool:
-    """Whether changing both examples changes every element by what changing each of them does."""
-    if any(not _is_float(x) or x.shape != plain.shape for x in (first, last, both)):
-        return False
-    p, f, b, t = values = [x.double() for x in (plain, first, last, both)]
-    return not bool(((p + t - f - b).abs() > 1e-3 * torch.stack(values).abs().amax(0)).any())
-
-
-def _output_leaves(out: Any, inside: set[int]) -> list[Any]:
-    """Everything in a model's output, also in containers that torch does not know (a loss in a namespace is a loss).
-
-    inside: ids of the objects around this one, so that a cycle ends.
-    """
-    leaves = tree_leaves(out)
-    if len(leaves) != 1 or leaves[0] is not out:
-        return [leaf for part in leaves for leaf in _output_leaves(part, inside)]
-    if out is None or isinstance(out, Tensor | nn.Module | type | str) or callable(out) or id(out) in inside:
-        return [out]
-    parts = list(out.values()) if isinstance(out, Mapping) else []
-    parts += vars(out).values() if hasattr(out, "__dict__") else []
-    if is_dataclass(out):
-        parts += [getattr(out, f.name) for f in fields(out) if not hasattr(out, "__dict__")]
-    if not parts and isinstance(out, list | tuple | set | frozenset):
-        parts = list(out)
-    return [leaf for part in parts for leaf in _output_leaves(part, inside | {id(out)})] if parts else [out]
-
-
-def _rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int], tolerance: float = _SAME_SHAPE) -> bool:
-    """Whether the rows of these of three examples are the same; without a batch dimension, whether all is."""
-    if not isinstance(y, Tensor) or x.shape != y.shape:
-        return False
-    if dim is None:
-        return same(x, y, tolerance)
-    if x.shape[dim] % 3:
-        return False  # nobody can say whose its rows are
-    x, y = (t.movedim(dim, 0).unflatten(0, (3, -1)) for t in (x, y))
-    return all(same(x[i], y[i], tolerance) for i in examples)
+def _weigh_packed(rows: int, changed: Sequence[int], _leaf: int, x: Tensor) -> Tensor:
+    return weights(x, packed_dim(x, rows), rows, changed)
 
 
 @contextmanager

@@ -457,7 +457,7 @@ def direct(model: nn.Module, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize(("d", "p"), [(40, 48), (5, 7)], ids=["wide", "narrow"])
 @pytest.mark.parametrize("kind", [Once, Twice, Tied])
 def test_cancelling_rows_are_neither_underestimated_nor_let_through(kind: type[nn.Module], d: int, p: int) -> None:
-    """Wide layers take the Gram route here, narrow ones the direct route."""
+    """Wide layers take the Gram route here; narrow ones are materialised, and their norm is of the rounded gradient applied."""
     batch = cancelling(kind, d, p)
     model = kind(d, p)
     exact = oracle.norms(oracle.unit_gradients(model, direct, batch))
@@ -467,10 +467,11 @@ def test_cancelling_rows_are_neither_underestimated_nor_let_through(kind: type[n
     norms = clipper.unit_norms.double()
     magnitude = exact[0]
     assert exact[-1] < 1e-5 * magnitude, "the last unit does not cancel"
-    assert bool((norms >= exact * (1 - 1e-6)).all()), (norms, exact)
+    rounded = 16 * 2.0**-24 * magnitude if d < 8 else 0.0
+    assert bool((norms >= exact * (1 - 1e-6) - rounded).all()), (norms, exact)
     assert bool((norms <= exact * (1 + 1e-5) + 1e-5 * magnitude).all()), (norms, exact)
     for u in range(len(BITS)):
         model.zero_grad()
         backward(clipper, model, direct, batch, lambda losses, u=u: losses[u])
         contribution = oracle.norm(oracle.collect(model)) / clipping_norm
-        assert contribution <= 1 + 1e-5 + rounding(BITS[u]), (BITS[u], contribution)
+        assert contribution <= 1 + 1e-5 + (0.0 if d < 8 else rounding(BITS[u])), (BITS[u], contribution)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastclip.head import check_labels, output_losses
+
 Reduction = Literal["mean", "sum"]
 LossFn = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -34,11 +36,10 @@ def causal_lm_losses(
     labels = batch.get("labels")
     if labels is None:
         labels = _labels_from_inputs(batch, ignore_index)
-    logits = _logits(model, batch)
     # The labels move instead of the logits: a slice of [B, T, V] would be copied.
     following = torch.full_like(labels, ignore_index)
     following[:, :-1] = labels[:, 1:]
-    return _token_losses(logits, following, ignore_index, reduction)
+    return _token_losses(model, batch, following, ignore_index, reduction)
 
 
 def masked_lm_losses(
@@ -50,7 +51,7 @@ def masked_lm_losses(
     every example's mask from its own length alone: a fixed number of masks per batch would tie examples together.
     Reduction and errors as in `causal_lm_losses`; ValueError without labels.
     """
-    return _token_losses(_logits(model, batch), _required_labels(batch), ignore_index, reduction)
+    return _token_losses(model, batch, _required_labels(batch), ignore_index, reduction)
 
 
 def classification_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -94,7 +95,7 @@ def seq2seq_losses(
                 "instance by DataCollatorForSeq2Seq(tokenizer, model=model)"
             )
         batch = {**batch, "decoder_input_ids": shift(labels=labels)}
-    return _token_losses(_logits(model, batch), labels, ignore_index, reduction)
+    return _token_losses(model, batch, labels, ignore_index, reduction)
 
 
 def infilling_losses(
@@ -174,8 +175,15 @@ def _is_among(model: Any, table: Mapping[str, Any]) -> bool:
     return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    return _logits_of(model(**_inputs(batch)))
+
+
+def _logits_of(output: Any) -> Tensor:
     logits = output.logits if hasattr(output, "logits") else output
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -199,15 +207,25 @@ def _labels_from_inputs(batch: Mapping[str, Tensor], ignore_index: int) -> Tenso
     return ids if mask is None else ids.masked_fill(mask == 0, ignore_index)
 
 
-def _token_losses(logits: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The model's head over its vocabulary, where transformers knows of one."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def _token_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], targets: Tensor, ignore_index: int, reduction: Reduction
+) -> Tensor:
+    """[B]. The logits of an attached model are kept once at most: see fastclip.linear_cross_entropy."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: give 'mean' (over the example's own tokens) or 'sum'")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"labels {list(targets.shape)} do not fit logits {list(logits.shape)}: give int [B, T], one per token"
-        )
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="none")
-    sums = flat.view(targets.shape).sum(1)
+
+    def of_logits(output: Any) -> Tensor:
+        logits = _logits_of(output)
+        check_labels(logits, targets)
+        flat = logits.flatten(0, 1).float()
+        return F.cross_entropy(flat, targets.flatten(), ignore_index=ignore_index, reduction="none").view(targets.shape)
+
+    sums = output_losses(model, _output_layer(model), _inputs(batch), targets, ignore_index, of_logits).sum(1)
     if reduction == "sum":
         return sums
     return sums / (targets != ignore_index).sum(1).clamp(min=1)

@@ -75,7 +75,8 @@ class Site:
         a, g = self._rows(a, 1), self._rows(g, 1)
         segments = self.segments(a.shape[0], a.device)
         rows = LinearRows(segments.gather(a), segments.gather(g), Segments(None, segments.offsets))
-        self.recorder.record(param, rows, block)
+        shape = param.shape if block is None else param[block].shape
+        self.recorder.record(param, rows.smaller(shape), block)
 
     def enter_embedding(self, param: Tensor, ids: Tensor, g: Tensor, padding_idx: int | None) -> None:
         """Enter the gradient of an embedding. ids: int ``[...]``, g: ``[..., d]``."""

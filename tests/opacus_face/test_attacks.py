@@ -49,9 +49,9 @@ def test_a_batch_that_is_overwritten_after_its_backward_is_released_as_it_was() 
 
 
 def test_a_gradient_that_is_overwritten_before_the_step_is_refused() -> None:
-    model = opacus.GradSampleModule(nn.Linear(3, 1, bias=False), loss_reduction="sum")
-    optimizer, g = optimizer_over(model.parameters()), torch.ones(2, 1)
-    model(torch.ones(2, 3)).backward(g)
+    model = opacus.GradSampleModule(nn.Linear(8, 8, bias=False), loss_reduction="sum")
+    optimizer, g = optimizer_over(model.parameters()), torch.ones(2, 8)
+    model(torch.ones(2, 8)).backward(g)
     g.zero_()
     with pytest.raises(RuntimeError, match="changed in place"):
         optimizer.step()

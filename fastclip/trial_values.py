@@ -1,0 +1,88 @@
+"""What a trial gives to a model, and how it compares what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastclip.copies import same
+
+# Runs of one shape go through the same kernels: what remains is another path through attention for another mask.
+SAME_SHAPE = 1e-5
+OTHER_SHAPE = 1e-4
+
+
+def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
+    """Another value of the same kind for one example x ``[...]``: valid ids stay valid, masks stay masks.
+
+    name: the argument's. others: ``[n, ...]``, the batch's own rows. strongly: grow values instead of shrinking them, end a
+    mask of ones earlier, ignore half of the labels.
+    """
+    if "length" in name:
+        return x  # must fit the rest of the example, and may have to be in order
+    if x.is_floating_point():
+        flipped = x.flip(-1) if x.dim() else x
+        return flipped * -3 + 0.5 if strongly else flipped * 0.9 + 0.05
+    half = x.shape[-1] // 2 if x.dim() else 0
+    if strongly and half and ("mask" in name or "label" in name):
+        x = x.clone()
+        x[..., half:] = 0 if "mask" in name else -100
+        return x
+    candidates = [x.flip(-1)] if x.dim() else []
+    candidates += [row for row in others if row.shape == x.shape]
+    if others.dtype != torch.bool and "mask" not in name:
+        # Other values, not only another order: what only adds rows up would not notice that.
+        # Ignored labels stay ignored: half way between them and the rest nothing is valid.
+        valid = others[others != -100]
+        low, high = (int(valid.min()), int(valid.max())) if valid.numel() else (0, 0)
+        candidates = [torch.where(x == -100, x, low + high - x), *candidates]
+        candidates += [torch.full_like(x, low), torch.full_like(x, high)]
+    return next((c for c in candidates if not torch.equal(c, x)), x)
+
+
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def adds_up(plain: Tensor, first: Any, last: Any, both: Any) -> bool:
+    """Whether changing both examples changes every element by what changing each of them does."""
+    if any(not is_float(x) or x.shape != plain.shape for x in (first, last, both)):
+        return False
+    p, f, b, t = values = [x.double() for x in (plain, first, last, both)]
+    return not bool(((p + t - f - b).abs() > 1e-3 * torch.stack(values).abs().amax(0)).any())
+
+
+def output_leaves(out: Any, inside: set[int]) -> list[Any]:
+    """Everything in a model's output, also in containers that torch does not know (a loss in a namespace is a loss).
+
+    inside: ids of the objects around this one, so that a cycle ends.
+    """
+    leaves = tree_leaves(out)
+    if len(leaves) != 1 or leaves[0] is not out:
+        return [leaf for part in leaves for leaf in output_leaves(part, inside)]
+    if out is None or isinstance(out, Tensor | nn.Module | type | str) or callable(out) or id(out) in inside:
+        return [out]
+    parts = list(out.values()) if isinstance(out, Mapping) else []
+    parts += vars(out).values() if hasattr(out, "__dict__") else []
+    if is_dataclass(out):
+        parts += [getattr(out, f.name) for f in fields(out) if not hasattr(out, "__dict__")]
+    if not parts and isinstance(out, list | tuple | set | frozenset):
+        parts = list(out)
+    return [leaf for part in parts for leaf in output_leaves(part, inside | {id(out)})] if parts else [out]
+
+
+def rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int], tolerance: float = SAME_SHAPE) -> bool:
+    """Whether the rows of these of three examples are the same; without a batch dimension, whether all is."""
+    if not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    if dim is None:
+        return same(x, y, tolerance)
+    if x.shape[dim] % 3:
+        return False  # nobody can say whose its rows are
+    x, y = (t.movedim(dim, 0).unflatten(0, (3, -1)) for t in (x, y))
+    return all(same(x[i], y[i], tolerance) for i in examples)
