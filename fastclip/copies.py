@@ -21,8 +21,10 @@ def same(x: Tensor, y: Tensor, tolerance: float = 1e-4) -> bool:
     """Equal up to what another order of summation may change: ``tolerance`` of the largest value, more in 16 bit."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
+    if torch.equal(x, y):  # mostly so, and known in one pass
+        return True
     if not x.is_floating_point():
-        return torch.equal(x, y)
+        return False
     if x.dtype not in (torch.float32, torch.float64):
         tolerance = max(3e-2, tolerance)
     scale = max((float(piece.abs().nan_to_num_(0.0, 0.0).max()) for (piece,) in _pieces(x)), default=0.0)

@@ -69,22 +69,25 @@ def output_losses(
 
     head: the model's output layer, if it has one. of_output: the same losses from what the model returns, for where its logits
     are not the head's alone: a model that does anything to them afterwards (soft-capping, scaling) is run again as it is the
-    first time, and only as it is from then on. Raises ValueError if labels do not fit.
+    first time, with another trial, and only as it is from then on. Raises ValueError if labels do not fit.
     """
     if head is None or not is_plain(head) or _compiled(model) or model in _ENDING_OTHERWISE:
         return of_output(model(**inputs))
     failed = False
-    with held_back(head) as calls:
+    with held_back(head) as held:
         try:
             output = model(**inputs)
         except Exception:
-            if not calls:
+            if not held.calls and not held.tried:
                 raise
             failed = True  # by code that expects logits, or for another reason: then once more below
-    if not failed and not calls:
+    calls = held.calls
+    if not failed and not calls and not held.tried:
         return of_output(output)
     if failed or len(calls) != 1 or not _same(getattr(output, "logits", output), calls[0].input):
         _ENDING_OTHERWISE.add(model)
+        route = head.__dict__["forward"]
+        route.clipper.forget_layout()  # what follows the head has not been tried on logits
         return of_output(model(**inputs))
     check_labels(calls[0].input, labels)
     return _losses(calls[0].site, calls[0].input, head, labels, ignore_index)

@@ -40,17 +40,25 @@ class Held(NamedTuple):
     input: Tensor
 
 
-@contextmanager
-def held_back(layer: nn.Module) -> Iterator[list[Held]]:
-    """While it lasts, this thread's calls of an attached model's layer give back their input, and are listed instead.
+class HeldBack:
+    """What happened to a layer that is held back. calls: those of the forward itself; tried: so was it in a trial."""
 
-    Not those of a trial, nor any where autograd is off: these run as they are.
+    def __init__(self) -> None:
+        self.calls: list[Held] = []
+        self.tried = False
+
+
+@contextmanager
+def held_back(layer: nn.Module) -> Iterator[HeldBack]:
+    """While it lasts, this thread's calls of an attached model's layer give back their input, and are noted instead.
+
+    In a trial too, which has then tried everything but the layer itself; not where autograd is off otherwise.
     """
     outer = getattr(_local, "held", {})
-    calls: list[Held] = []
-    _local.held = {**outer, layer: calls}
+    found = HeldBack()
+    _local.held = {**outer, layer: found}
     try:
-        yield calls
+        yield found
     finally:
         _local.held = outer
 
@@ -104,15 +112,18 @@ class LayerRoute(Route):
         clipper = self.clipper
         if not clipper.attached or self.bypass:
             return self.original(*args, **kwargs)
+        held: HeldBack | None = getattr(_local, "held", {}).get(self.module)
         if clipper.layouts.probe is not None:
-            return clipper.layouts.probe.see(self.name, self._watched, (args, kwargs))
+            if held is not None:
+                held.tried = True
+            forward = self._watched if held is None else _first
+            return clipper.layouts.probe.see(self.name, forward, (args, kwargs))
         if in_backward():
             clipper.passes.current()  # recomputation: arms the callback on the outermost backward
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        held = getattr(_local, "held", {}).get(self.module)
         if held is not None and (call := self.placed(*args, **kwargs)) is not None:
-            held.append(call)
+            held.calls.append(call)
             return call.input
         if not self.trainable():
             return self.original(*args, **kwargs)
@@ -279,6 +290,10 @@ class MethodRoute(Route):
         return run_loop(
             Site(forward, self.name, forward.examples), self.targets, self.original, batched, (args, kwargs)
         )
+
+
+def _first(input: Any) -> Any:
+    return input
 
 
 def _replace(old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from fastclip.copies import same
 # Runs of one shape go through the same kernels: what remains is another path through attention for another mask.
 SAME_SHAPE = 1e-5
 OTHER_SHAPE = 1e-4
+LONGEST = 128
 
 
 def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
@@ -43,6 +44,24 @@ def change(name: str, x: Tensor, others: Tensor, strongly: bool) -> Tensor:
         candidates = [torch.where(x == -100, x, low + high - x), *candidates]
         candidates += [torch.full_like(x, low), torch.full_like(x, high)]
     return next((c for c in candidates if not torch.equal(c, x)), x)
+
+
+def shorter(leaves: Sequence[Any], batched: Sequence[bool], batch_dim: int) -> list[Any]:
+    """The same call with sequences cut to their first LONGEST tokens, where there are token ids ``[B, T]`` longer than that.
+
+    Every dimension of that size is cut, but the batch's: whoever calls this runs the whole call if the model refuses this one.
+    """
+    ids = (x for x, b in zip(leaves, batched, strict=True) if b and x.dim() == 2 and not x.is_floating_point())
+    length = next((x.shape[1 - batch_dim] for x in ids), 0)
+    if length <= LONGEST:
+        return list(leaves)
+    out = []
+    for x, is_batched in zip(leaves, batched, strict=True):
+        for dim in range(x.dim()) if isinstance(x, Tensor) else ():
+            if x.shape[dim] == length and not (is_batched and dim == batch_dim):
+                x = x.narrow(dim, 0, LONGEST)
+        out.append(x)
+    return out
 
 
 def is_float(x: Any) -> bool:
