@@ -62,13 +62,15 @@ class LinearRows:
         """[U, p, d]."""
         num_units, parts = self.segments.num_units, self.segments.offsets.tolist()
         dtype = accumulation_dtype(self.g.dtype)
-        a, g = self.a.to(dtype), self.g.to(dtype)
-        if len({j - i for i, j in pairwise(parts)}) == 1 and a.numel() and g.numel():
-            out = g.view(num_units, -1, g.shape[1]).mT @ a.view(num_units, -1, a.shape[1])
+        wide = self.a.dtype == self.g.dtype == dtype
+        if wide and len({j - i for i, j in pairwise(parts)}) == 1 and self.a.numel() and self.g.numel():
+            out = self.g.view(num_units, -1, self.g.shape[1]).mT @ self.a.view(num_units, -1, self.a.shape[1])
         else:
-            out = g.new_empty(num_units, g.shape[1], a.shape[1])
+            out = self.g.new_empty(num_units, self.g.shape[1], self.a.shape[1], dtype=dtype)
+            one = torch.ones(1, dtype=dtype, device=out.device)
             for u, (i, j) in enumerate(pairwise(parts)):
-                out[u] = g[i:j].mT @ a[i:j]
+                whole = self.segments.offsets.new_tensor([0, j - i])
+                ops.clipped_gemm(self.a[i:j], self.g[i:j], whole, one, out[u], accumulate=False)
         return out.view(num_units, *shape)
 
     def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -255,3 +255,26 @@ def test_searched_for_rows_are_not_underestimated(route, shape):
             found = shortfall(other_x, other_y)
             if found > worst:
                 worst, x, y = found, other_x, other_y
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("route", ["gram", "direct"])
+def test_bf16_rows_of_any_size_in_pairs(scale, route):
+    """Where the processor multiplies pairs of bf16 it flushes what is below 2^-126: such rows are not left to it."""
+    a, g, offsets = unit_rows([64, 33, 0, 100], 130, 70, torch.bfloat16)
+    a, g = (a * scale).to(torch.bfloat16), (g * (1e-16 if scale < 1 else 1.0)).to(torch.bfloat16)
+    exact = reference.linear_norm(a.double(), g.double(), offsets, "direct")
+    found = ops.linear_norm(a, g, offsets, route)
+    assert bool((found >= exact * (1 - 1e-5)).all()) and bool((found <= exact * (1 + 1e-5)).all())
+    out = ops.clipped_gemm(
+        a, g, offsets, torch.tensor([0.5, 0.0, 1.0, 2.0]), torch.full((70, 130), float("nan")), accumulate=False
+    )
+    plain = sum(f * g[i:j].double().mT @ a[i:j].double() for f, i, j in ((0.5, 0, 64), (2.0, 97, 197)))
+    assert float((out - plain).norm()) <= 1e-6 * float(plain.norm()) + 1e-36
+
+
+def test_a_broken_bf16_unit_stays_out_of_the_sum():
+    a, g, offsets = unit_rows([64, 40], 34, 18, torch.bfloat16)
+    a[3, 5], g[7, 2] = float("nan"), float("inf")
+    out = ops.clipped_gemm(a, g, offsets, torch.tensor([0.0, 1.0]), torch.zeros(18, 34))
+    torch.testing.assert_close(out, g[64:].float().mT @ a[64:].float(), rtol=1e-5, atol=1e-5)

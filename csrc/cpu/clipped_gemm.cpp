@@ -1,8 +1,8 @@
 // clipped_gemm: out (+)= sum_u factors[u] g_u^T a_u.
 //
 // a: [N, d], g: [N, p], offsets: [U + 1], factors: [U], out: fp32 or fp64 [p, d]. The factor multiplies rows in out's dtype
-// while they are packed; each slice of out is one product of its own, on one thread, so that the number of threads shows
-// nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
+// while they are packed, or sums of products of bf16; each slice of out is one product of its own, on one thread, so that the
+// number of threads shows nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
 #include "gemm.h"
 #include "rows.h"
 
@@ -27,6 +27,33 @@ Rows<T> gathered(const Rows<T>& x, const std::vector<int64_t>& kept, Buffer<T>& 
   for (size_t i = 0; i < kept.size(); ++i) std::copy(x.row(kept[i]), x.row(kept[i]) + x.columns, to + i * x.columns);
   return {to, x.columns, x.columns};
 }
+
+#if defined(__x86_64__)
+// bf16 rows of units that are not short: the unit's factor multiplies fp32 sums, and rows stay as they are.
+constexpr int64_t kLongUnit = 32;
+
+void products_of_pairs(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
+                       const std::vector<double>& factors, bool accumulate, float* out, int64_t stride) {
+  const bool along_p = g.columns >= a.columns;
+  const int64_t longer = std::max(a.columns, g.columns), units = bounds.size() - 1;
+  const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, kMost);
+  over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
+    const int64_t first = task * step, count = std::min(step, longer - first);
+    bool add = accumulate;
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t start = bounds[u], k = bounds[u + 1] - start;
+      const auto factor = static_cast<float>(factors[u]);
+      if (!k || factor == 0) continue;
+      const View<c10::BFloat16> left{g.row(start), 1, g.stride}, right{a.row(start), a.stride, 1};
+      if (along_p)
+        pairs::multiply(s.narrow, count, a.columns, k, left.at(first, 0), right, factor, add, out + first * stride, stride, false);
+      else
+        pairs::multiply(s.narrow, g.columns, count, k, left, right.at(0, first), factor, add, out + first, stride, false);
+      add = true;
+    }
+  });
+}
+#endif
 
 template <class Out, class A, class G>
 void products(const Rows<A>& all_a, const Rows<G>& all_g, const std::vector<int64_t>& kept, const std::vector<Out>& factors,
@@ -54,9 +81,13 @@ void launch(const Tensor& a_in, const Tensor& g_in, const std::vector<int64_t>& 
             const Tensor& out, bool accumulate) {
   std::vector<int64_t> kept;
   std::vector<Out> factors;
-  for (size_t u = 0; u + 1 < bounds.size(); ++u)
-    for (int64_t t = bounds[u]; t < bounds[u + 1] && static_cast<Out>(by_unit[u]) != 0; ++t)
+  int64_t units_with_rows = 0;
+  for (size_t u = 0; u + 1 < bounds.size(); ++u) {
+    const bool counts = bounds[u] < bounds[u + 1] && static_cast<Out>(by_unit[u]) != 0;
+    units_with_rows += counts;
+    for (int64_t t = bounds[u]; t < bounds[u + 1] && counts; ++t)
       kept.push_back(t), factors.push_back(static_cast<Out>(by_unit[u]));
+  }
   Out* to = static_cast<Out*>(out.mutable_data_ptr());
   const int64_t rows = out.size(0), columns = out.size(1), stride = rows > 1 ? out.stride(0) : columns;
   if (kept.empty()) {
@@ -66,8 +97,16 @@ void launch(const Tensor& a_in, const Tensor& g_in, const std::vector<int64_t>& 
   const Tensor a_dense = dense_rows(a_in, a_in.scalar_type()), g_dense = dense_rows(g_in, g_in.scalar_type());
   by_dtype("clipped_gemm", a_in.scalar_type(), [&](auto a_zero) {
     by_dtype("clipped_gemm", g_in.scalar_type(), [&](auto g_zero) {
-      products<Out>(rows_of<decltype(a_zero)>(a_dense), rows_of<decltype(g_zero)>(g_dense), kept, factors,
-                    accumulate, to, stride);
+      using A = decltype(a_zero);
+      using G = decltype(g_zero);
+      const Rows<A> left = rows_of<A>(a_dense);
+      const Rows<G> right = rows_of<G>(g_dense);
+#if defined(__x86_64__)
+      if constexpr (std::is_same_v<A, c10::BFloat16> && std::is_same_v<G, c10::BFloat16> && std::is_same_v<Out, float>)
+        if (pairs::faster() && static_cast<int64_t>(kept.size()) >= kLongUnit * units_with_rows)
+          return products_of_pairs(left, right, bounds, by_unit, accumulate, to, stride);
+#endif
+      products<Out>(left, right, kept, factors, accumulate, to, stride);
     });
   });
 }
