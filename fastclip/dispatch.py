@@ -1,13 +1,13 @@
 """Every op's schema and fake, and the choice of a backend.
 
-The device decides: Triton on CUDA, C++ on CPU, plain torch (:mod:`fastclip.reference`) wherever a compiled one is absent. Where
-csrc/cuda was built, it goes before Triton. Importing this module imports no Triton and touches no device.
+The device decides: Triton on CUDA, C++ on CPU, plain torch (:mod:`fastclip.reference`) wherever a compiled one is absent.
+Where csrc/cuda was built, it goes before Triton. Importing this module imports no Triton and touches no device.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -131,11 +131,21 @@ def _launcher(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    return [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
+
+
+def _launch(name: str, *args: Any) -> Any:
+    # Triton launches on the current device, whatever its tensors are on.
+    with torch.cuda.device_of(next(x for x in _tensors(args) if x.is_cuda)):
+        return _launcher(name)(*args)
+
+
 def _on_cuda(name: str, *args: Any) -> Any:
     global _triton_missing
     if _triton_missing is None:
         try:
-            return _launcher(name)(*args)
+            return _launch(name, *args)
         except ImportError as error:
             _triton_missing = f"triton does not load ({error}): CUDA tensors run in plain torch"
     if name in NOISE_SCHEMAS:
@@ -194,8 +204,7 @@ def compiled(name: str, backend: Backend | None, *args: Any) -> Callable[..., An
 
 
 def _check_devices(name: str, backend: str, known: set[str], args: tuple[Any, ...]) -> set[str]:
-    tensors = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
-    devices = {x.device.type for x in tensors}
+    devices = {x.device.type for x in _tensors(args)}
     if devices - known:
         others = ", ".join(sorted(devices - known))
         raise RuntimeError(f'{name}: backend="{backend}" cannot run on {others}; leave backend out')
@@ -205,19 +214,16 @@ def _check_devices(name: str, backend: str, known: set[str], args: tuple[Any, ..
 def _triton(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     if name not in LAUNCHERS:
         raise RuntimeError(f'{name}: backend="triton" cannot run, no kernel in this version; leave backend out')
-    on_cpu = "cuda" not in _check_devices(name, "triton", {"cuda", "cpu"}, args)
-    launcher = _launcher(name)
-    if on_cpu and not _interpreted(LAUNCHERS[name][0]):
+    if "cuda" in _check_devices(name, "triton", {"cuda", "cpu"}, args):
+        return partial(_launch, name)
+    interpreter = importlib.import_module("fastclip.kernels.interpreter")
+    if not interpreter.is_interpreted(importlib.import_module(LAUNCHERS[name][0])):
         raise RuntimeError(
-            f'{name}: backend="triton" cannot run on cpu but in Triton\'s interpreter: set TRITON_INTERPRET=1 first, '
-            "before the kernels are imported"
+            f'{name}: backend="triton" runs on cpu in Triton\'s interpreter alone: set TRITON_INTERPRET=1 before anything '
+            "imports triton, or leave backend out"
         )
-    return launcher
-
-
-def _interpreted(module: str) -> bool:
-    """Whether the kernels of a loaded module were made for Triton's interpreter."""
-    return any(type(x).__name__ == "InterpretedFunction" for x in vars(importlib.import_module(module)).values())
+    interpreter.accept_loop_bounds()
+    return _launcher(name)
 
 
 def check_rows(offsets: Tensor, **rows: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastclip import batch, validation
+from fastclip.heap import give_back
 from fastclip.layout import Law, call_key, flatten_call
 from fastclip.routing import CALL, LayerRoute
 from fastclip.trial import Probe, trial
@@ -102,5 +103,7 @@ class Layouts:
                     probe.check_spread(spread)
         finally:
             self.probe = None
+            probe.forget()
+            give_back()  # a trial leaves blocks of sizes that steps do not ask for
         self.written |= probe.written()
         validation.warn_of_loops(probe.laws, {name: r.module for name, r in bare.items()})

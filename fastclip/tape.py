@@ -47,10 +47,11 @@ class LinearRows:
     def smaller(self, shape: torch.Size) -> LinearRows | PerUnit:
         """The form that holds fewer numbers: these factors, or for long units the gradients themselves, ``[U, *shape]``.
 
-        Those take the plain step's own products, and their norms one more look at them.
+        Those take the plain step's own products, and their norms one more look at them. On a GPU always these factors: how
+        long units are is not known there without waiting.
         """
         (rows, d), p = self.a.shape, self.g.shape[1]
-        if not rows or self.segments.num_units * d * p > rows * (d + p):
+        if self.a.device.type != "cpu" or not rows or self.segments.num_units * d * p > rows * (d + p):
             return self
         return PerUnit(self.per_unit(shape), owned=True)
 
@@ -260,7 +261,9 @@ def measure(entries: Sequence[Entry], dtype: torch.dtype) -> Measure:
     cross = 2 * ops.tied_cross(
         head.a, head.g, head.segments.offsets, tail.ids, tail.g, tail.segments.offsets, tail.padding_idx
     )
-    parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
+    # Elsewhere than on CPU in fp64 at once: what suffices for the head alone may not for the sum of both.
+    rows = head.a if head.a.device.type == "cpu" else head.a.double()
+    parts = ops.linear_norm_parts(rows, head.g, head.segments.offsets)
     return Measure(
         _tied_square(head, parts, square + cross, square) + _tied_error(head, tail, spread + parts[1]),
         bound + _rounding(parts[1], dtype, head.segments),
@@ -298,9 +301,13 @@ def _tied_error(head: LinearRows, tail: EmbeddingRows, spread: Tensor) -> Tensor
 
 
 def _rounding(products: Tensor, dtype: torch.dtype, segments: Segments) -> Tensor:
-    """fp64 ``[U]``: bound on the rounding of ``sum_t g_t a_t^T`` in the sum's own precision, from ``sum_t |a_t||g_t|``."""
-    roundoff = UNIT_ROUNDOFF_FP64 if accumulation_dtype(dtype) == torch.float64 else UNIT_ROUNDOFF_FP32
-    return (segments.offsets.diff().double() + 2) * roundoff * products
+    """fp64 ``[U]``: bound on the rounding of ``sum_t g_t a_t^T`` in the sum's own precision, from ``sum_t |a_t||g_t|``.
+
+    Tensor cores cut where a CPU rounds: a term counts for three there (kernels/clipped_gemm.py, kernels/products.py).
+    """
+    wide = accumulation_dtype(dtype) == torch.float64
+    roundoff, each = UNIT_ROUNDOFF_FP64 if wide else UNIT_ROUNDOFF_FP32, 1 if wide or products.device.type == "cpu" else 3
+    return (each * segments.offsets.diff().double() + 2 * each) * roundoff * products
 
 
 @dataclass(frozen=True)

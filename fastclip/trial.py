@@ -181,6 +181,10 @@ class Probe:
         start = self._buffers
         return {name for name, b in self._left.items() if name not in start or not torch.equal(b, start[name])}
 
+    def forget(self) -> None:
+        """Let go of what was compared."""
+        self._seen, self._plain_seen, self._small_out, self._plain_out = {}, {}, [], []
+
     def find_laws(self, bare: set[str]) -> None:
         """Fill ``laws``; comes before every other trial. bare: names of modules that use parameters of their own.
 
