@@ -394,14 +394,12 @@ class Clipper:
 
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
         device = next(iter(done.entries))[0].device
-        shape = self._num_groups, units.num_units
-        found = tape.Measure(*(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
+        groups, found = [], []
         for (p, _, _), of in tape.measures(done.entries):
-            k = self._group[p]
-            found.square[k] += of.square.to(device)
-            found.bound[k] += of.bound.to(device)
-            found.spread[k] += of.spread.to(device)
-        return tape.clip(found, self.weights(units).to(device), self.rule, self._spread_limit)
+            groups.append(self._group[p])
+            found.append(tape.Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)))
+        together = tape.in_groups(found, groups, self._num_groups)
+        return tape.clip(together, self.weights(units).to(device), self.rule, self._spread_limit)
 
     def weights(self, units: PrivacyUnits) -> Tensor:
         """fp64 ``[U]``: what a unit's sum of rows' gradients is to be multiplied by to be its gradient."""

@@ -221,6 +221,14 @@ class Measure:
     spread: Tensor
 
 
+def in_groups(found: Sequence[Measure], groups: Sequence[int], num_groups: int) -> Measure:
+    """Each ``[K, U]``: sums over what belongs to one group. groups: of each of found; all on one device."""
+    columns = [torch.stack([getattr(of, name) for of in found]) for name in ("square", "bound", "spread")]  # [P, U]
+    index = torch.tensor(groups, device=columns[0].device)
+    shape = num_groups, columns[0].shape[1]
+    return Measure(*(column.new_zeros(shape).index_add_(0, index, column) for column in columns))
+
+
 def measures(slots: dict[Slot, list[Entry]]) -> Iterator[tuple[Slot, Measure]]:
     """Of every slot of ``separate``. Layers that read one input (q, k and v; gate and up) share the products of its rows."""
     readers: dict[object, list[Slot]] = {}

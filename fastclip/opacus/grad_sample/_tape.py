@@ -280,11 +280,9 @@ class GhostTape(SampleTape):
 
 def clip_together(measures: Sequence[Measure], rule: ClippingRule, groups: Sequence[int] | None = None) -> tape.Outcome:
     """Norms and factors ``[K, B]`` of examples from what they have in each parameter. groups: of each; one group if None."""
-    columns = [torch.stack([getattr(of, name) for of in measures]) for name in ("square", "bound", "spread")]  # [P, B]
-    index = torch.tensor([0] * len(measures) if groups is None else list(groups), device=columns[0].device)
-    groups_shape = int(index.max()) + 1, columns[0].shape[1]
-    found = Measure(*(column.new_zeros(groups_shape).index_add_(0, index, column) for column in columns))
-    return tape.clip(found, torch.ones_like(columns[0][0]), rule, math.inf)
+    given = [0] * len(measures) if groups is None else list(groups)
+    found = tape.in_groups(measures, given, max(given) + 1)
+    return tape.clip(found, torch.ones_like(found.square[0]), rule, math.inf)
 
 
 def _own(entry: Entry, theirs: Container[int]) -> Entry:
