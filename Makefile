@@ -40,8 +40,12 @@ lint: $(STAMPS)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Hours in all; rows that stand in bench/results are kept. QUICK=1: the first row alone, minutes.
 bench: $(STAMPS)/bench
-	$(BIN)/python bench/step.py
+	$(BIN)/python bench/step.py $(if $(QUICK),--modes plain fastclip --rounds 3,--all)
+	$(if $(QUICK),,$(BIN)/python bench/growth.py)
+	$(if $(QUICK),,$(BIN)/python bench/norms.py)
+	$(BIN)/python bench/render.py
 
 $(STAMPS)/base: requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -16,7 +16,7 @@ from fastclip.layers.registry import register_layer
 from fastclip.layers.site import Site
 
 
-@register_layer(nn.MultiheadAttention, norm="Gram or direct, never materialised")
+@register_layer(nn.MultiheadAttention, norm="Gram, or the gradient itself where that is smaller")
 def multihead_attention(
     site: Site,
     module: nn.MultiheadAttention,

@@ -73,12 +73,12 @@ def linear(
     return _Linear.apply(x, w, b, site, (weight, bias), transposed, block)
 
 
-@register_layer(nn.Linear, norm="Gram or direct, never materialised")
+@register_layer(nn.Linear, norm="Gram, or the gradient itself where that is smaller")
 def linear_layer(site: Site, module: nn.Linear, input: Tensor) -> Tensor:
     return linear(site, input, module.weight, module.bias)
 
 
-@register_layer("transformers.pytorch_utils.Conv1D", norm="Gram or direct, never materialised")
+@register_layer("transformers.pytorch_utils.Conv1D", norm="Gram, or the gradient itself where that is smaller")
 def conv1d_layer(site: Site, module: Any, x: Tensor) -> Tensor:
     """transformers' Conv1D: weight ``[d, p]``."""
     return linear(site, x, module.weight, module.bias, transposed=True)

@@ -55,7 +55,7 @@ def _followed(site: Site, layers: list[Any], order: Tensor) -> Iterator[None]:
     "opacus.layers.dp_rnn.DPRNN",
     "opacus.layers.dp_rnn.DPGRU",
     "opacus.layers.dp_rnn.DPLSTM",
-    norm="Gram or direct, never materialised",
+    norm="Gram, or the gradient itself where that is smaller",
     owns=_cells,
     rows_of=_sequences,
 )

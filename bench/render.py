@@ -1,0 +1,188 @@
+"""docs/benchmarks.md and its plots from bench/results/*.json: nothing is measured here.
+
+python bench/render.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from growth import AXES
+from step import MODES, ROWS, ratios
+from step_models import MODELS
+
+HERE = Path(__file__).parent
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+NAMES = {
+    "plain": "without privacy, as people have it",
+    "best": "without privacy, fused AdamW and torch.compile",
+    "fastclip": "fastclip",
+    "logits": "fastclip, losses from the model's logits",
+    "ghost": "Opacus 1.6 ghost",
+    "hooks": "Opacus 1.6 hooks",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def spread(values: list[float]) -> str:
+    return f"{min(values):.2f}-{max(values):.2f}"
+
+
+def steps_table(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model, batch x tokens, precision | step | time | seconds | tokens/s | peak memory of a step | with the first step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        name, rest = row.split(":", 1)
+        shape, precision = rest.split(":")
+        batch, length = (int(x) for x in shape.split("x"))
+        title = f"{MODELS[name][0]}, {batch} x {length}, {precision}"
+        result = results.get(row)
+        if result is None:
+            lines.append(f"| {title} | not measured | | | | | |")
+            continue
+        found = ratios(result)
+        for mode in MODES:
+            if mode in result["failed"]:
+                lines.append(f"| {title} | {NAMES[mode]} | did not run | | | | |")
+            if mode not in found:
+                continue
+            times, ratio = result["seconds"][mode], found[mode]
+            rate = batch * length / statistics.median(times)
+            lines.append(
+                f"| {title} | {NAMES[mode]} | {ratio['time']:.2f}x | {spread(times)} | {rate:.0f} | {ratio['memory']:.2f}x | "
+                f"{ratio['memory_with_first_step']:.2f}x |"
+            )
+            title = ""
+    return lines
+
+
+def steps_plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in ROWS if row in results]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 + 0.5 * len(rows)), sharey=True)
+    for axis, key, title in zip(axes, ("time", "memory"), ("time of a step", "peak memory of a step"), strict=True):
+        for mode, marker in (("fastclip", "o"), ("best", "|"), ("ghost", "x"), ("hooks", "+")):
+            found = [(ratios(results[row]).get(mode, {}).get(key), y) for y, row in enumerate(rows)]
+            points = [(x, y) for x, y in found if x is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker, label=NAMES[mode], markersize=8)
+        axis.axvline(1.0, color="0.6", linewidth=1)
+        axis.set_xlabel(f"{title}, without privacy = 1")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize=8, loc="best")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def growth_plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    names = [name for name in AXES if name in results]
+    figure, panels = plt.subplots(2, len(names), figsize=(3.1 * len(names), 5.6), squeeze=False)
+    for column, name in enumerate(names):
+        result = results[name]
+        for line, key in enumerate(("seconds", "bytes")):
+            axis = panels[line][column]
+            for mode, style in (("plain", "s--"), ("fastclip", "o-")):
+                axis.loglog(result["values"], result[mode][key], style, label=mode, markersize=4)
+            first = result["fastclip"][key][0]
+            law = [first * x / result["law"][0] for x in result["law"]]
+            axis.loglog(result["values"], law, ":", color="0.5", label=result["law_name"])
+            axis.set_xlabel(result["title"])
+            axis.set_ylabel({"seconds": "seconds a step", "bytes": "bytes above the idle process"}[key])
+            axis.legend(fontsize=7)
+            axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def norms_tables(results: dict[str, Any]) -> list[str]:
+    """linear_norm by layer and rows a unit; row-wise norms beside the copy bandwidth."""
+    if not results:
+        return ["Not measured."]
+    lengths = sorted({row["length"] for row in results["linear_norm"]})
+    layers = list(dict.fromkeys(row["layer"] for row in results["linear_norm"]))
+    at = {(row["layer"], row["length"]): row for row in results["linear_norm"]}
+    lines = [
+        "Time of linear_norm beside plain torch's (no bound on its error), and its rate beside the sgemm rate, by rows a unit:",
+        "",
+        "| layer | " + " | ".join(str(n) for n in lengths) + " |",
+        "|---|" + "---|" * len(lengths),
+    ]
+    for layer in layers:
+        cells = []
+        for n in lengths:
+            row = at.get((layer, n))
+            cells.append("" if row is None else f"{row['time_to_plain']:.2f}x, {row['rate_to_sgemm']:.2f}")
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    lines += ["", "Bytes read beside the copy bandwidth:", "", "| op | share |", "|---|---|"]
+    lines += [f"| {op} | {share:.2f} |" for op, share in results["rowwise"]["bandwidth_to_copy"].items()]
+    return lines
+
+
+def main() -> None:
+    steps, growth, norms = load("steps_cpu.json"), load("growth_cpu.json"), load("norms_cpu.json")
+    images = DOCS / "images"
+    images.mkdir(exist_ok=True)
+    any_step = next(iter(steps.values()), {})
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench` from `bench/results/*.json`. Competitors take turns in one run, step by step; times are "
+        "medians beside the median of the step without privacy, memory is the peak resident size of a process of its own "
+        "beside that of the step without privacy. The first step of fastclip tries the model, once.",
+        "",
+        f"Machine: {any_step.get('machine', 'not measured')}.",
+        "",
+        "## Whole steps",
+        "",
+        *steps_table(steps),
+        "",
+    ]
+    if steps:
+        steps_plot(steps, images / "bench-steps.png")
+        lines += ["![Time and memory of a step](images/bench-steps.png)", ""]
+    lines += [
+        "Opacus refuses GPT-2 and tied heads in its ghost mode: there the head is untied and the position embedding frozen. "
+        "fastDP, private-transformers, opake, Liger's kernels and every GPU: not measured.",
+        "",
+        "## Growth",
+        "",
+    ]
+    if growth:
+        growth_plot(growth, images / "bench-growth.png")
+        lines += [
+            "A small GPT-2 (2 layers, 128 wide, 2048 words) unless the axis says otherwise; 1 thread; dotted: the law that is "
+            "expected, through the first point.",
+            "",
+            "![Growth of time and memory](images/bench-growth.png)",
+            "",
+        ]
+    else:
+        lines += ["Not measured.", ""]
+    lines += ["## Norms", "", "`python bench/norms.py`", "", *norms_tables(norms), ""]
+    lines += [
+        "## Time to an accuracy",
+        "",
+        "The main job, private and not, is in [results.md](results.md). Against Opacus in the same loop: not measured.",
+        "",
+    ]
+    (DOCS / "benchmarks.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
