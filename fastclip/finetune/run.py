@@ -24,6 +24,7 @@ from fastclip.finetune.optim import adamw, clipping, schedule
 from fastclip.finetune.presets import Recipe
 from fastclip.finetune.task import Task, build
 from fastclip.finetune.terminal import Display
+from fastclip.finetune.tuning import merge
 
 CHECKPOINT_SECONDS = 300.0
 
@@ -216,9 +217,9 @@ def _finish(training: Training, ledger: Ledger, before: float, display: Display,
     if training.average is not None:
         training.average.swap()
     after = task.evaluate()
-    task.model.save_pretrained(folder / "model")
-    task.tokenizer.save_pretrained(folder / "model")
     document = report.build(recipe, task, ledger, before, after)
+    merge(task.model).save_pretrained(folder / "model")
+    task.tokenizer.save_pretrained(folder / "model")
     cost = history.cost(peak_bytes(task.device))
     comparison = without_privacy(recipe, display) if compare else None
     report.write_public(folder, document)

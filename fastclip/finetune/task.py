@@ -15,6 +15,7 @@ from fastclip.finetune import data, models
 from fastclip.finetune.data import Examples, Rows
 from fastclip.finetune.mail import read_mail
 from fastclip.finetune.presets import Recipe
+from fastclip.finetune.tuning import tune
 from fastclip.huggingface import LossFn, causal_lm_losses, classification_losses
 
 DATA = Path(".data")
@@ -81,6 +82,7 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Task:
     if recipe.examples_per_user is not None:
         held_out = data.at_most(held_out, recipe.examples_per_user)
     model, tokenizer = _model(recipe, train.classes)
+    model = tune(model, recipe.tuning)
     for name, parameter in model.named_parameters():
         if any(part in name for part in recipe.frozen):
             parameter.requires_grad_(False)
@@ -88,7 +90,7 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Task:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classes = recipe.task == "classification"
     return Task(
-        model=model.to(device).eval(),  # type: ignore[arg-type]  # transformers wraps it without its self
+        model=model.to(device).eval(),
         tokenizer=tokenizer,
         train=data.encode(train, tokenizer, recipe.max_length),
         held_out=data.encode(held_out, tokenizer, recipe.max_length),
@@ -105,6 +107,8 @@ def _rows(recipe: Recipe) -> tuple[Rows, Rows]:
     if recipe.preset == "movies":
         path = _data_file(recipe, MOVIE_WHEEL, "make finetune")
         return data.read_movies(path, held_out=recipe.held_out or 1000)
+    if recipe.preset == "amazon":
+        return data.read_amazon(_data_file(recipe, MOVIE_WHEEL, "make finetune"), held_out=recipe.held_out or 60)
     if recipe.preset == "mail":
         texts, senders = read_mail(_data_file(recipe, MAIL_ARCHIVE, "make finetune-mail"))
         return data.split(Rows(texts, None, senders), recipe.held_out or 120)
@@ -129,7 +133,7 @@ def _model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[PreTrainedModel, A
         raise ValueError(
             f"model {source} does not exist: give a folder written by save_pretrained, or leave --model out"
         )
-    if recipe.preset == "movies":
+    if recipe.preset in ("movies", "amazon"):
         return models.mean_pooled(source, classes)
     if recipe.preset == "mail":
         return models.small_llama(source)

@@ -68,14 +68,22 @@ class StepBar:
     def __exit__(self, *unused: object) -> None:
         self._progress.stop()
 
-    def step(self, *, loss: float, epsilon: float | None, examples_per_second: float) -> None:
-        parts = [f"{examples_per_second:.0f} examples/s"]
-        if epsilon is not None:
-            parts.insert(0, f"epsilon {epsilon:.2f}")
+    def skip(self, steps: int) -> None:
+        """Steps that were taken before."""
+        self._done += steps
+        self._progress.update(self._task, advance=steps)
+
+    def step(
+        self, *, epsilon: float | None, loss: float | None = None, examples_per_second: float | None = None
+    ) -> None:
+        parts = [] if epsilon is None else [f"epsilon {epsilon:.2f}"]
+        if examples_per_second is not None:
+            parts.append(f"{examples_per_second:.0f} examples/s")
         self._done += 1
-        self._progress.update(self._task, advance=1, status=" · ".join([f"loss {loss:.3f}", *parts]))
+        shown = parts if loss is None else [f"loss {loss:.3f}", *parts]
+        self._progress.update(self._task, advance=1, status=" · ".join(shown))
         if not self._console.is_terminal and (self._done == self._steps or self._done % -(-self._steps // 10) == 0):
-            self._console.print(f"step {self._done} of {self._steps} · " + " · ".join(parts), highlight=False)
+            self._console.print(" · ".join([f"step {self._done} of {self._steps}", *parts]), highlight=False)
 
 
 def summary(report: dict[str, Any], cost: dict[str, Any], comparison: dict[str, Any] | None) -> Table:
