@@ -323,6 +323,11 @@ class DPTrainer(QuietTrainer):
             text = model_card(self.guarantee(), self.privacy_args, self._network, self.state.log_history, options)
             (self._folder / "README.md").write_text(text, encoding="utf-8")
 
+    def save_model(self, *args: Any, **options: Any) -> None:
+        # A prefix is computed to be saved; outside a forward of the model the clipper takes no calls with gradients.
+        with torch.no_grad():
+            super().save_model(*args, **options)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any) -> None:
         assert self._terms is not None
         super()._save_checkpoint(model, trial, *args)

@@ -93,7 +93,7 @@ def fit(
     with display.progress(steps, 0, name) as bar, warnings.catch_warnings():
         # What it warns of stands among the caveats of the guarantee.
         warnings.simplefilter("ignore", AccountingWarning)
-        trainer = _Trainer(
+        trainer = DPTrainer(
             model,
             arguments,
             train_dataset=task.train,
@@ -129,13 +129,6 @@ def _check_lengths(task: Task, model: Any) -> None:
     longest = max(len(example["input_ids"]) for example in task.train)
     if longest > positions:
         raise ValueError(f"an example has {longest} tokens, and the model takes {positions}: give one that takes more")
-
-
-class _Trainer(DPTrainer):
-    def save_model(self, *args: Any, **options: Any) -> None:
-        # A prefix is computed from its embedding to be saved; outside a forward pass the clipper takes no calls with gradients.
-        with torch.no_grad():
-            super().save_model(*args, **options)
 
 
 class _Progress(TrainerCallback):
