@@ -50,7 +50,7 @@ def test_sensitivities_and_groups():
         make_rule(object(), 1.0)
 
 
-@pytest.mark.parametrize("rule", rules(), ids=str)
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: rule if isinstance(rule, str) else "per group")
 def test_one_unit_moves_the_sum_by_at_most_the_bound(rule):
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
     if not isinstance(rule, str):
