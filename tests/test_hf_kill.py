@@ -82,7 +82,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
                 time.sleep(chance.random() * 0.02)
                 break
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         now = len(spent(folder))
         assert now >= lines + seen, "every step that was taken is in the ledger, whatever became of it"
         lines = now
