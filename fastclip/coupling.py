@@ -86,6 +86,16 @@ class Taps:
             self._arrive = None
 
 
+def check_same_layers(names: Sequence[str], others: Sequence[str]) -> None:
+    """Raises ValueError unless two runs had the same layers answer in the same order: nothing else can be compared."""
+    if list(names) != list(others):
+        different = sorted(set(names) ^ set(others)) or ["the layers"]
+        raise ValueError(
+            f"{', '.join(different)}: how often or in which order they answer depends on how many examples there are or on "
+            "what those hold: run them always"
+        )
+
+
 def coupled(name: str) -> str:
     return (
         "examples are not independent in the backward of the model: changing one changed the gradient of another at the "

@@ -69,9 +69,11 @@ def output_losses(
 
     head: the model's output layer, if it has one. of_output: the same losses from what the model returns, for where its logits
     are not the head's alone: a model that does anything to them afterwards (soft-capping, scaling) is run again as it is the
-    first time, with another trial, and only as it is from then on. Raises ValueError if labels do not fit.
+    first time, with another trial, and only as it is from then on. So is one with forward hooks. Raises ValueError if labels do
+    not fit.
     """
-    if head is None or not is_plain(head) or _compiled(model) or model in _ENDING_OTHERWISE:
+    watched = model._forward_hooks or _compiled(model)  # somebody looks at what comes out
+    if head is None or not is_plain(head) or watched or model in _ENDING_OTHERWISE:
         return of_output(model(**inputs))
     failed = False
     with held_back(head) as held:

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastclip.batch import batch_dim_of
 from fastclip.copies import Run, choose, no_batch_dim, same
-from fastclip.coupling import Arrival, Taps, coupled, weights
+from fastclip.coupling import Arrival, Taps, check_same_layers, coupled, weights
 from fastclip.layers.bare import Targets
 from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows, padded
 from fastclip.trial_modes import NoDropout, Picks, differentiable
@@ -149,20 +149,22 @@ class Probe:
             taps.differentiate(out, weigh, arrive)
         return taps
 
-    def _gradients(self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]) -> dict[int, Tensor]:
-        """By the number of the layer's output."""
+    def _gradients(
+        self, inputs: Sequence[Any], weigh: Callable[[int, Tensor], Tensor]
+    ) -> tuple[list[str], dict[int, Tensor]]:
+        """Names of layers by the numbers of their outputs, and the gradients that arrive there."""
         found: dict[int, Tensor] = {}
-        self._differentiate(inputs, weigh, found.__setitem__)
-        return found
+        return self._differentiate(inputs, weigh, found.__setitem__).names, found
 
     def _same_gradients(
         self,
+        names: Sequence[str],
         plain: Mapping[int, Tensor],
         inputs: Sequence[Any],
         weigh: Callable[[int, Tensor], Tensor],
         alike: Callable[[int, Tensor, Tensor], bool],
     ) -> None:
-        """Raises ValueError unless every gradient arrives again, ``alike`` to the one before."""
+        """Raises ValueError unless the same layers answer, and every gradient arrives again, ``alike`` to the one before."""
         missing, unlike = set(plain), set[int]()
 
         def compare(number: int, g: Tensor) -> None:
@@ -171,10 +173,9 @@ class Probe:
                 if not alike(number, plain[number], g):
                     unlike.add(number)
 
-        taps = self._differentiate(inputs, weigh, compare)
+        check_same_layers(names, self._differentiate(inputs, weigh, compare).names)
         if missing or unlike:
-            number = min(missing | unlike)
-            raise ValueError(coupled(taps.names[number] if number < len(taps.names) else ""))
+            raise ValueError(coupled(names[min(missing | unlike)]))
 
     def written(self) -> set[str]:
         """Buffers that the last run wrote."""
@@ -283,20 +284,19 @@ class Probe:
             self._leaves = whole
 
     def _compare_gradients(self) -> None:
-        small = self._tapped(self._inputs(2, (), ()))[1].shapes
+        small = self._tapped(self._inputs(2, (), ()))[1]
         dims = [growing_dim(s, x) for s, x in zip(self._small_out, self._plain_out, strict=True)]
-        plain = self._gradients(self._inputs(3, (), ()), partial(_weigh_rows, dims, ()))
+        names, plain = self._gradients(self._inputs(3, (), ()), partial(_weigh_rows, dims, ()))
+        check_same_layers(small.names, names)
         for changed in (0, 2):
             rest = [i for i in range(3) if i != changed]
 
             def alike(number: int, x: Tensor, y: Tensor, rest: Sequence[int] = rest) -> bool:
-                shape = small[number] if number < len(small) else x.shape
-                dim = next((i for i, n in enumerate(shape) if n != x.shape[i]), None)
+                dim = next((i for i, n in enumerate(small.shapes[number]) if n != x.shape[i]), None)
                 return dim is None or rows_same(x, y, dim, rest, OTHER_SHAPE)
 
-            self._same_gradients(
-                plain, self._inputs(3, (changed,), (2,)), partial(_weigh_rows, dims, (changed,)), alike
-            )
+            inputs = self._inputs(3, (changed,), (2,))
+            self._same_gradients(names, plain, inputs, partial(_weigh_rows, dims, (changed,)), alike)
 
     def _check_whole_batch(self) -> None:
         """Three examples have the same rows in the whole batch as alone."""
@@ -331,7 +331,7 @@ class Probe:
         segments = [(i, j) for i, j in pairwise(bounds) if j > i]
         self._plain_out = self._call(self._leaves, lambda _name, x: x)
         self._plain_seen = self._seen
-        plain = self._gradients(self._leaves, partial(_weigh_packed, rows, ())) if strict else {}
+        names, plain = self._gradients(self._leaves, partial(_weigh_packed, rows, ())) if strict else ([], {})
         for k, (start, stop) in enumerate([segments[0], segments[len(segments) // 2], segments[-1]]):
             inputs = [
                 self._change_rows(name, x, rows, start, stop, k > 0) if flag else x
@@ -353,7 +353,7 @@ class Probe:
                     kept = [t if t is None else t[keep] for t in (packed_rows(x, rows), packed_rows(y, rows))]
                     return kept[0] is None or (kept[1] is not None and same(kept[0], kept[1], OTHER_SHAPE))
 
-                self._same_gradients(plain, inputs, partial(_weigh_packed, rows, range(start, stop)), alike)
+                self._same_gradients(names, plain, inputs, partial(_weigh_packed, rows, range(start, stop)), alike)
         self.changed = self.changed and len(segments) > 1
         for name in bare:
             if name in self._plain_seen:

@@ -7,9 +7,8 @@ a pair; memory moves 8 bytes in fp32.
 import torch
 import triton
 import triton.language as tl
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from fastclip.kernels.rounding import round_once
 from fastclip.kernels.stream import BLOCKS, UNSPECIALIZED, draw, elements, programs, refuse_capture, stream_arguments
 from torch import Tensor

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.kernels.chunks import find_chunk, first_place, num_places
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import narrow_dtype, refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from torch import Tensor
 
 ROWS = 128  # of a chunk

@@ -9,8 +9,7 @@ unit's first row, so that a unit's bits do not depend on what stands before it.
 
 import triton
 import triton.language as tl
-from fastclip.kernels.configs import Signature
-from fastclip.kernels.forms import form
+from fastclip.kernels.configs import Signature, form
 from torch import Tensor
 
 

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.kernels.clipped_sum import check_whole, clipped_columns
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from fastclip.kernels.rounding import round_once
 from fastclip.kernels.stream import (
     BLOCKS,

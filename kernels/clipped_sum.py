@@ -8,9 +8,8 @@ with them.
 import torch
 import triton
 import triton.language as tl
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from torch import Tensor
 
 _BLOCK, _TOGETHER = 1024, 4

@@ -4,7 +4,7 @@
 a GPU. One row serves every capability from 8.0 on: no GPU has measured any of them yet, nor the routes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,33 @@ class Signature:
     aligned: frozenset[str] | None = None
 
 
+def form(
+    kernel: Any,
+    name: str,
+    pointers: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    sizes: Collection[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+    enable_fp_fusion: bool = True,
+) -> Signature:
+    """pointers: parameter -> type; others' types are as declared, or i32. sizes: integers that usually are multiples of 16."""
+    arguments = {
+        p.name: pointers.get(p.name) or p.annotation_type or "i32" for p in kernel.params if not p.is_constexpr
+    }
+    return Signature(
+        kernel,
+        name,
+        arguments,
+        constants,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        enable_fp_fusion=enable_fp_fusion,
+        aligned=frozenset({*pointers, *sizes}),
+    )
+
+
 @dataclass(frozen=True)
 class Config:
     blocks: Mapping[str, int]
@@ -37,18 +64,15 @@ class Config:
 
     def form(self, kernel: Any, name: str, pointers: Mapping[str, str], constants: Mapping[str, Any]) -> Signature:
         """How the kernel stands in the compile table: strides and widths of rows are multiples of 16 there."""
-        arguments = {
-            p.name: pointers.get(p.name) or p.annotation_type or "i32" for p in kernel.params if not p.is_constexpr
-        }
-        aligned = {x for x in arguments if x in pointers or x.startswith(("stride", "d", "p"))}
-        return Signature(
+        sizes = [p.name for p in kernel.params if not p.is_constexpr and p.name.startswith(("stride", "d", "p"))]
+        return form(
             kernel,
             name,
-            arguments,
+            pointers,
             {**constants, **self.blocks},
-            self.num_warps,
-            self.num_stages,
-            aligned=frozenset(aligned),
+            sizes=sizes,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
         )
 
     def options(self) -> dict[str, int]:

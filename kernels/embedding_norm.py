@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.kernels.chunks import unit_totals
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from fastclip.kernels.runs import is_head, run_sum, sort_rows, units_of_rows
 from torch import Tensor
 

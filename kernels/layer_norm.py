@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from fastclip.kernels.affine_norm import unit_sums
 from fastclip.kernels.chunks import find_chunk, num_places
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import narrow_dtype, refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from torch import Tensor
 
 _ROWS, _TILE, _LARGEST = 32, 4096, 8192

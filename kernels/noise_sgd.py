@@ -10,8 +10,7 @@ the same bits. Rates are arguments and no constants.
 
 import triton
 import triton.language as tl
-from fastclip.kernels.configs import Signature
-from fastclip.kernels.forms import form
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.steps import RATES, launches
 from fastclip.kernels.stream import BLOCKS, UNSPECIALIZED, draw, elements, programs
 from torch import Tensor

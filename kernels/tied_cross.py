@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from fastclip.kernels.chunks import find_chunk, num_places, unit_totals
-from fastclip.kernels.configs import Signature
+from fastclip.kernels.configs import Signature, form
 from fastclip.kernels.dtypes import refuse_interpreted_bf16
-from fastclip.kernels.forms import form
 from torch import Tensor
 
 _ROWS, _BLOCK_T, _BLOCK_D = 32, 32, 32

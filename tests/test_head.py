@@ -181,6 +181,28 @@ def test_a_head_with_hooks_runs_as_it_is():
     assert seen == [1]
 
 
+def test_a_hook_on_the_model_sees_its_logits():
+    model, seen = MODELS["llama"][0]().train(), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.shape))
+    fastclip.attach(model, max_grad_norm=1.0)
+    causal_lm_losses(model, {"input_ids": tokens(B, T)}).sum().backward()
+    assert set(seen) == {(B, T, VOCAB)}
+
+
+def test_losses_may_be_changed_in_place():
+    model = Own(tied=False, bias=False)
+    fastclip.attach(model, max_grad_norm=1.0)
+    h, labels = torch.randn(B, T, 24, requires_grad=True), tokens(B, T)
+    model.head.requires_grad_(False)
+    losses = fastclip.linear_cross_entropy(h, model.head, labels)
+    losses *= 2
+    losses.sum().backward()
+    doubled = h.grad.clone()
+    h.grad = None
+    F.cross_entropy(model.head(h).flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    torch.testing.assert_close(doubled, 2 * h.grad)
+
+
 def test_nothing_labelled_is_nothing_lost():
     model = Own(tied=True, bias=True)
     clipper = fastclip.attach(model, max_grad_norm=1.0)

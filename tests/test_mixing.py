@@ -484,33 +484,3 @@ def test_an_output_with_rows_of_nobody():
     fastclip.attach(model, 1.0)
     with pytest.raises(ValueError, match="not independent"):
         model(torch.randn(SIZE, LENGTH, WIDTH))
-
-
-@pytest.mark.parametrize("at", [5, 200])
-def test_long_sequences_are_compared_in_full_forward_and_at_their_beginning_backward(at):
-    """Token ids of 300: what mixes behind the 128th is seen; a backward is run on the first 128."""
-
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.out = nn.Embedding(11, 4), nn.Linear(4, 2)
-            self.lengths = []
-
-        def forward(self, ids):
-            h = self.table(ids)
-            self.lengths.append(ids.shape[1])
-            if ids.shape[1] > at and self.mixes:
-                h = torch.cat([h[:, :at], h[:, at:] + h[:, at:].mean(0, keepdim=True)], 1)
-            return self.out(h).sum((1, 2))
-
-    ids = torch.randint(11, (5, 300), generator=torch.Generator().manual_seed(0))
-    model = Late()
-    model.mixes = True
-    fastclip.attach(model, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match="not independent"):
-        model(ids)
-    model = Late()
-    model.mixes = False
-    fastclip.attach(model, max_grad_norm=1.0)
-    model(ids).sum().backward()
-    assert set(model.lengths) == {300, 128}
