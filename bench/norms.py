@@ -3,7 +3,8 @@
     python bench/norms.py [--rounds 5]
 
 linear_norm over lengths T and layers of GPT-2, RoBERTa-large, LoRA and an output head, about 1024 rows in units of one length;
-embedding_norm and affine_norm over 8192 rows. Interleaved rounds, medians; JSON to bench/results/norms_cpu.json.
+embedding_norm and affine_norm over 8192 rows; clipped sums and norms in bf16; cross-entropy of 512 rows of logits. Interleaved
+rounds, medians; JSON to bench/results/norms_cpu.json.
 """
 
 from __future__ import annotations
@@ -107,12 +108,48 @@ def rowwise(rounds: int) -> dict[str, object]:
     return {"rows": n, "columns": d, "seconds": seconds, "bandwidth_to_copy": ratio}
 
 
+def halves(rounds: int) -> dict[str, object]:
+    """bf16 beside fp32, 4 units of 256 rows, 768 x 3072: GF/s of clipped sums and products, seconds of norms."""
+    n, d, p = 1024, 768, 3072
+    a, g, out, factors = torch.randn(n, d), torch.randn(n, p), torch.empty(p, d), torch.rand(4)
+    offsets, (a16, g16) = torch.arange(5, dtype=torch.int32) * 256, (x.bfloat16() for x in (a, g))
+    seconds = medians(
+        {
+            "clipped_gemm, fp32": lambda: ops.clipped_gemm(a, g, offsets, factors, out),
+            "clipped_gemm, bf16": lambda: ops.clipped_gemm(a16, g16, offsets, factors, out),
+            "mm, fp32": lambda: g.mT @ a,
+            "mm, bf16": lambda: g16.mT @ a16,
+            "linear_norm, fp32": lambda: ops.linear_norm(a, g, offsets),
+            "linear_norm, bf16": lambda: ops.linear_norm(a16, g16, offsets),
+        },
+        rounds,
+    )
+    rates = {name: 2 * n * d * p / s / 1e9 for name, s in seconds.items() if "norm" not in name}
+    return {"seconds": seconds, "gflops": rates}
+
+
+def logits(rounds: int) -> dict[str, float]:
+    """Seconds for 512 rows of 50257 logits, fp32."""
+    x, y, g = torch.randn(512, 50257), torch.randint(50257, (512,)), torch.ones(512)
+    lse = ops.cross_entropy(x, y)[1].clone()
+    out = x.clone()
+    return medians(
+        {
+            "cross_entropy": lambda: ops.cross_entropy(x, y),
+            "cross_entropy_backward": lambda: ops.cross_entropy_backward(out, y, lse, g),
+            "torch cross_entropy": lambda: torch.nn.functional.cross_entropy(x, y, reduction="none"),
+        },
+        rounds,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     result: dict[str, object] = {"machine": machine(), "rowwise": rowwise(rounds)}
-    print(json.dumps(result["rowwise"], indent=1))
+    result |= {"halves": halves(rounds), "logits": logits(rounds)}
+    print(json.dumps(result, indent=1))
     sweep = []
     for name in LAYERS:
         for length in LENGTHS:
