@@ -32,8 +32,8 @@ class _HeadLosses(Function):
         ctx.site, ctx.params, ctx.input_dtype = site, (weight, bias), h.dtype
         h, weight = autocast_input(h), autocast_input(weight)
         logits = F.linear(h, weight, None if bias is None else autocast_input(bias))  # [R, V]
-        # Two tensors, not views of one: the losses may be changed in place.
-        losses, lse = (x.clone() for x in ops.cross_entropy(logits, labels))
+        losses, lse = ops.cross_entropy(logits, labels)
+        losses = losses.clone()  # no view of what is kept for the backward: the losses may be changed in place
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight, logits, labels, lse)
         return losses
 
