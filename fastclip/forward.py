@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ class Forward:
     """One forward of the attached model: its units, and whether its one backward is done."""
 
     def __init__(self, clipper: Clipper, units: PrivacyUnits, laws: Mapping[str, Law]) -> None:
-        self._clipper = clipper
+        self.clipper = clipper
         self.units = units
         self.laws = laws
         self.finished = False
@@ -32,15 +32,19 @@ class Forward:
         return self.units.unit_of.numel()
 
     def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
-        if not self._clipper.attached:
+        if not self.clipper.attached:
             raise RuntimeError("the clipper was detached between forward and backward: run the forward again")
         if not param.is_leaf:
             raise RuntimeError(
                 "a layer ran with a weight that is computed, not a parameter: its gradient cannot be followed"
             )
         if self.finished:
-            self._clipper.refuse_second_backward()
-        self._clipper.passes.current().add(param, block, entry, self)
+            self.clipper.refuse_second_backward()
+        self.clipper.passes.current().add(param, block, entry, self)
+
+    def lending(self, *lent: Tensor) -> Forward:
+        """The same forward for layers whose tensors these are, which somebody else writes to after their backward."""
+        return _Lending(self, lent)
 
     @contextmanager
     def one_row(self, row: int, rows: int) -> Iterator[None]:
@@ -58,3 +62,12 @@ class Forward:
         if mine.unit_of is None or theirs.unit_of is None:
             return mine.unit_of is theirs.unit_of
         return torch.equal(mine.unit_of, theirs.unit_of)
+
+
+class _Lending(Forward):
+    def __init__(self, forward: Forward, lent: Sequence[Tensor]) -> None:
+        super().__init__(forward.clipper, forward.units, forward.laws)
+        self._of, self._lent = forward, lent
+
+    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
+        self._of.record(param, tape.copied(entry, self._lent), block)

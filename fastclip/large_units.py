@@ -21,6 +21,7 @@ from fastclip.backward import BackwardPass
 from fastclip.forward import Forward
 from fastclip.tape import PerUnit
 from fastclip.units import PrivacyUnits
+from fastclip.written import Written
 
 if TYPE_CHECKING:
     from fastclip.module import Clipper
@@ -58,7 +59,7 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
     if clipper.owner is not None:
         clipper.owner.accept(units)
 
-    before = [(name, p, p._version) for name, p in clipper.model.named_parameters()]
+    written = Written(clipper.model)
     waiting = {p: p.grad for p in trainable}
     found: dict[Tensor, Tensor] = {}
     try:
@@ -70,7 +71,7 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
     finally:
         for p, grad in waiting.items():
             p.grad = grad
-    clipper.check_unwritten(before)
+    written.check()
     if found:
         done = BackwardPass(clipper._finish)
         done.forwards.append(Forward(clipper, units, {}))

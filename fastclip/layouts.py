@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastclip import batch, validation
@@ -83,7 +84,8 @@ class Layouts:
         targets = {name: r.targets for name, r in bare.items()}
         self.probe = probe
         try:
-            with trial(self._model, probe):
+            # What somebody compiled would not tell the trial what its layers get.
+            with torch.compiler.set_stance("force_eager"), trial(self._model, probe):
                 if packed is not None:
                     probe.check_packed(packed, targets, self._strict)
                     return

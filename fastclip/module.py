@@ -17,11 +17,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import unserializable_hook
 
 from fastclip import plan, tape, validation
 from fastclip.backward import BackwardPass, BackwardPasses, in_backward
 from fastclip.clipping import ClippingRule, check_norm, make_rule
+from fastclip.compiled import new_tap
 from fastclip.forward import Forward
 from fastclip.large_units import accumulate_unit
 from fastclip.layers import Rule, find_rule
@@ -33,6 +35,7 @@ from fastclip.precision import full_precision
 from fastclip.routing import ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
+from fastclip.written import Written
 
 # By id of the attached model, which keeps its clipper alive through the routes that stand in it.
 _CLIPPERS: weakref.WeakValueDictionary[int, Clipper] = weakref.WeakValueDictionary()
@@ -72,6 +75,7 @@ class Clipper:
         self._group: dict[Tensor, int] = {}
         self._num_groups = 1
         self._spread_limit = math.inf
+        self.tap: Tensor | None = None  # of the forward that began last, for compiled code
         self._live: weakref.WeakSet[Forward] = weakref.WeakSet()
         self._last: Forward | None = None
         self._local = threading.local()
@@ -207,13 +211,15 @@ class Clipper:
 
     # What routes call
 
-    @contextmanager
-    def forward_of(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """One forward of the model: its units are found and stay current for the layers inside."""
+    @_disable_dynamo
+    def begin_forward(self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Written | None:
+        """Find the units of one forward of the model, which stay current for the layers inside until it ends.
+
+        Returns what :meth:`end_forward` wants to see; None where the model calls itself: that is still the same forward.
+        """
         stack: list[Forward] = self._local.__dict__.setdefault("forwards", [])
         if stack:
-            yield  # the model calls itself: still the same forward
-            return
+            return None
         if in_backward():
             raise RuntimeError(
                 "the whole model is recomputed in backward, where nobody says whose its examples are: use non-reentrant "
@@ -223,36 +229,29 @@ class Clipper:
             raise RuntimeError("clipper.units() is open in another thread: open it in the thread that runs the model")
         self.refresh()
         given: tuple[PrivacyUnits, tuple[str, ...]] | None = getattr(self._local, "units", None)
-        before = [(name, p, p._version) for name, p in self.model.named_parameters()]
+        written, layers = Written(self.model), self._layers()
         units, laws = self.layouts.find(
-            original, args, kwargs, given[0] if given else None, given[1] if given else (), self._layers()
+            original, args, kwargs, given[0] if given else None, given[1] if given else (), layers
         )
-        buffers = {name: (b, b._version) for name, b in self.model.named_buffers()} if self.strict else {}
+        if self.strict:
+            written.watch_buffers()  # after the trial, which may have seen some written
         forward = Forward(self, units, laws)
+        for route in layers:
+            route.prepare(laws.get(route.name))
+        self.tap = new_tap(forward)
         self._live.add(forward)
         self._last = forward
         stack.append(forward)
-        try:
-            yield
-        finally:
-            stack.pop()
-        self.check_unwritten(before)
-        for name, b in self.model.named_buffers() if buffers else ():
-            known = name not in buffers or name in self.layouts.written
-            if not known and (b is not buffers[name][0] or b._version != buffers[name][1]):
-                raise RuntimeError(
-                    f"the model's forward writes into its buffer {name}, and did not when tried: what it writes would be "
-                    "published without noise; set it before training, from data that is public"
-                )
+        return written
 
-    def check_unwritten(self, before: Sequence[tuple[str, Tensor, int]]) -> None:
-        """Raises RuntimeError if a parameter was written since: (name, parameter, version then)."""
-        for name, p, version in before:
-            if p._version != version:
-                raise RuntimeError(
-                    f"the model's forward writes into its parameter {name}, which would be published without noise: set it "
-                    "before training, from data that is public"
-                )
+    @_disable_dynamo
+    def end_forward(self, written: Written | None, failed: bool = False) -> None:
+        """The other end. Raises RuntimeError if a forward that did not fail wrote what would be published without noise."""
+        if written is None:
+            return
+        self._local.forwards.pop()
+        if not failed:
+            written.check(self.layouts.written)
 
     def refuse_second_backward(self) -> None:
         """Called for an entry of a forward whose backward is done. Raises RuntimeError."""
@@ -281,6 +280,14 @@ class Clipper:
         raise RuntimeError(
             f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
         )
+
+    def check_current(self, forward: Forward, layer: str) -> None:
+        """Raises RuntimeError where compiled code of this thread was given another thread's forward."""
+        stack = getattr(self._local, "forwards", None)
+        if not in_backward() and (not stack or stack[-1] is not forward):
+            raise RuntimeError(
+                f"{layer}: compiled code runs outside its own forward, or two threads run one compiled model: let one run it"
+            )
 
     def refresh(self) -> None:
         """Follow the model as it is now: new, replaced, frozen and unfrozen parameters, new modules."""

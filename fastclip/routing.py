@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
 from fastclip.backward import in_backward
 from fastclip.batch import batch_dim_of
+from fastclip.compiled import is_operator, new_key, traced
 from fastclip.layers.bare import Targets, params_of, run_copies, run_loop
 from fastclip.layers.calls import Catch, caught_by_function, run_caught
 from fastclip.layers.registry import Rule
@@ -92,11 +94,19 @@ class Route:
 class RootRoute(Route):
     """The attached model's forward: finds the units of the batch, then runs the model."""
 
+    @partial(_disable_dynamo, recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.clipper.attached or not torch.is_grad_enabled() or self.clipper.layouts.probe is not None:
+        clipper = self.clipper
+        if not clipper.attached or not torch.is_grad_enabled() or clipper.layouts.probe is not None:
             return self.original(*args, **kwargs)
-        with self.clipper.forward_of(self.original, args, kwargs):
-            return self.original(*args, **kwargs)
+        written = clipper.begin_forward(self.original, args, kwargs)
+        try:
+            out = self.original(*args, **kwargs)
+        except BaseException:
+            clipper.end_forward(written, failed=True)
+            raise
+        clipper.end_forward(written)
+        return out
 
 
 class LayerRoute(Route):
@@ -107,8 +117,19 @@ class LayerRoute(Route):
         self.name, self.rule, self.targets = name, rule, targets
         self.caught = rule is None and caught_by_function(module)
         self.bypass = False  # somebody above takes care of its parameters
+        # What compiled code is made for, and has to be made again when it changes; of the forward that begins.
+        self.key = new_key(self)
+        self.follows = self.operator = self.spread = False
+
+    def prepare(self, law: Law | None) -> None:
+        """What a compiler finds when it traces a forward in which the layer has this law."""
+        self.follows = not self.bypass and self.trainable()
+        self.operator = self.follows and is_operator(self, law)
+        self.spread = law is not None and law.dim is None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return traced(self, args, kwargs)
         clipper = self.clipper
         if not clipper.attached or self.bypass:
             return self.original(*args, **kwargs)
@@ -127,7 +148,7 @@ class LayerRoute(Route):
             return call.input
         if not self.trainable():
             return self.original(*args, **kwargs)
-        return self._run(clipper.current_forward(self.name), args, kwargs)
+        return self.run(clipper.current_forward(self.name), args, kwargs)
 
     def followed(self) -> bool:
         """Whether calls go through the rule now: attached, and no trial under way."""
@@ -137,9 +158,10 @@ class LayerRoute(Route):
         """A call with this input, without running it. None where one input serves all examples."""
         if in_backward():
             self.clipper.passes.current()  # as in __call__
-        if not self.trainable():
-            return Held(None, input)
-        forward = self.clipper.current_forward(self.name)
+        return self.placed_in(self.clipper.current_forward(self.name), input) if self.trainable() else Held(None, input)
+
+    def placed_in(self, forward: Forward, input: Tensor) -> Held | None:
+        """The same for a layer that is trained, in this forward."""
         packed = forward.units.num_rows
         if packed is not None:
             if input.shape[:-1].numel() != packed:
@@ -161,7 +183,7 @@ class LayerRoute(Route):
         with Catch(self.module.weight, lambda func, *a, **k: probe.see(self.name + CALL, func, (a, k))):  # type: ignore[arg-type]
             return self.original(*args, **kwargs)
 
-    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.caught:
             with Catch(self.module.weight, partial(self._run_caught, forward)):  # type: ignore[arg-type]
                 return self.original(*args, **kwargs)

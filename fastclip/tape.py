@@ -16,8 +16,9 @@ Guarantees, given that every trainable parameter's every use is entered (module.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,6 +143,19 @@ class PerUnit:
 
 
 Entry = LinearRows | EmbeddingRows | PerUnit
+
+
+def copied(entry: Entry, lent: Sequence[Tensor]) -> Entry:
+    """The entry with copies of what it has in common with tensors that somebody else will write to."""
+    theirs = {x.untyped_storage().data_ptr() for x in lent}
+    own: dict[str, Any] = {}
+    for field in fields(entry):
+        x = getattr(entry, field.name)
+        if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in theirs:
+            own[field.name] = x.clone()
+    return replace(entry, **own)
+
+
 Slot = tuple[Tensor, int, int]  # a parameter and the range of its rows that the entries belong to
 
 

@@ -21,7 +21,6 @@ from fastclip.huggingface import DPTrainer, PrivacyArguments, causal_lm_losses
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
-        ({"torch_compile": True}, "torch_compile"),
         ({"optim": "lomo"}, "steps inside backward"),
     ],
 )

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from families import DECODER, GPT2, from_config, lora, next_token_loss, randomize, tokens
 from oracle import assert_gradients, clipped_sum, collect, norm, norms, pick_clipping_norm, unit_gradients
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments
 
 from fastclip.accounting import get_epsilon
@@ -107,6 +109,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     trainer = check_against_oracle(tmp_path, gpt2(), **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
     assert getattr(trainer.model, f"is_{name}")
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own while it compiles
+@pytest.mark.parametrize("lora_too", [False, True])
+def test_a_compiled_model_changes_nothing(tmp_path, lora_too):
+    counters.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers how the process' first Trainer compiled
+    model = lora("llama", DECODER, ["q_proj", "v_proj"])[0] if lora_too else gpt2()
+    check_against_oracle(tmp_path, model, torch_compile=True, torch_compile_backend="aot_eager")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
 
 
 def test_lora_trains_the_adapter_alone(tmp_path):

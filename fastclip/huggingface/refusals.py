@@ -28,7 +28,6 @@ _ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("deepspeed", (None, "", {}), "it owns the gradients; train on one device"),
     ("fsdp", (None, "", False, []), "it shards the gradients; train on one device"),
     ("parallelism_config", (None,), "one device for now; leave it out"),
-    ("torch_compile", (False,), "per-unit clipping is not followed through compiled models yet; leave it out"),
     ("group_by_length", (False,), "batches are Poisson draws; leave it out"),
     ("train_sampling_strategy", ("random",), "batches are Poisson draws; leave it out"),
     ("dataloader_drop_last", (False,), "a draw is whole; leave it out"),

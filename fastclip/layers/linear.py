@@ -44,19 +44,25 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         weight, *saved = ctx.saved_tensors
-        site, (w, b), block = ctx.site, ctx.params, ctx.block
+        w, b = ctx.params
         dx = None
         with no_autocast(g.device.type):
             if ctx.needs_input_grad[0]:
                 dx = torch.matmul(g, weight.mT if ctx.transposed else weight).to(ctx.input_dtype)
             if wanted(ctx, 1):
-                a = saved[0]
-                # W^T's gradient is sum a_t g_t^T: the same factors with their roles exchanged.
-                first, second = (g, a) if ctx.transposed else (a, g)
-                site.enter_linear(w, first, second, block)
+                enter_product(ctx.site, w, saved[0], g, ctx.transposed, ctx.block)
             if b is not None and wanted(ctx, 2):
-                site.enter_sum(b, g, block=block)
+                ctx.site.enter_sum(b, g, block=ctx.block)
         return dx, None, None, None, None, None, None
+
+
+def enter_product(
+    site: Site, weight: Tensor, x: Tensor, g: Tensor, transposed: bool, block: slice | None = None
+) -> None:
+    """Enter the weight's gradient from a layer's input x ``[..., d]`` and output gradient g ``[..., p]``."""
+    # W^T's gradient is sum x_t g_t^T: the same factors with their roles exchanged.
+    first, second = (g, x) if transposed else (x, g)
+    site.enter_linear(weight, first, second, block)
 
 
 def linear(

@@ -11,8 +11,7 @@ rows); what is kept is clipped by the bits that it is summed from; what was used
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,6 +34,7 @@ from fastclip.opacus.grad_sample._samplers import sampled_rule
 from fastclip.reference import accumulation_dtype
 from fastclip.tape import Entry, Measure, PerUnit
 from fastclip.units import PrivacyUnits
+from fastclip.written import Written
 
 Input = tuple[int, int, torch.Size]  # of a tensor given to the model: where its memory is, its version, its shape
 
@@ -187,18 +187,17 @@ class SampleTape(Clipper):
 
     # What backwards do
 
-    @contextmanager
-    def forward_of(self, original: Any, args: Any, kwargs: Any) -> Iterator[None]:
+    def begin_forward(self, original: Any, args: Any, kwargs: Any) -> Written | None:
         for batch in self.batches:
             if batch.processed:  # only that it was used is still of interest
                 batch.slots.clear()
                 batch.read.clear()
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = frozenset((x.untyped_storage().data_ptr(), x._version, x.shape) for x in leaves)
-        with super().forward_of(original, args, kwargs):
-            if self._last is not None:
-                self._inputs.setdefault(self._last, inputs)  # a model that calls itself has come in already
-            yield
+        written = super().begin_forward(original, args, kwargs)
+        if self._last is not None:
+            self._inputs.setdefault(self._last, inputs)  # a model that calls itself has come in already
+        return written
 
     def refuse_second_backward(self) -> None:
         if self._clips():
