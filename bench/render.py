@@ -20,6 +20,7 @@ NAMES = {
     "plain": "without privacy, as people have it",
     "best": "without privacy, fused AdamW and torch.compile",
     "fastclip": "fastclip",
+    "compiled": "fastclip, torch.compile below the head",
     "logits": "fastclip, losses from the model's logits",
     "ghost": "Opacus 1.6 ghost",
     "hooks": "Opacus 1.6 hooks",
