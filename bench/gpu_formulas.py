@@ -182,6 +182,38 @@ def _tied(length: int, dtype: str) -> Kernel:
     return Kernel("tied_cross", f"768 x {VOCAB}, T {length}", dtype, make, ours, plain)
 
 
+def _head(op: str, dtype: str) -> Kernel:
+    """Losses of GPT-2's head, or gradients in the logits of 8192 words; torch's own form both."""
+
+    def make(bench: Bench, to: torch.dtype) -> tuple[Args, float, float]:
+        rows, words = bench.size(4096), bench.size(VOCAB if op == "head_losses" else 8192)
+        h, weight = (torch.randn(n, bench.size(768), dtype=to, device=bench.device) / 768**0.5 for n in (rows, words))
+        labels = torch.randint(0, words, (rows,), device=bench.device)
+        lse = torch.logsumexp((h @ weight.mT).float(), 1)
+        flops, moved = 2 * rows * weight.numel(), h.nbytes + weight.nbytes
+        if op == "head_losses":
+            return (h, weight, labels), flops, moved
+        return (h, weight, labels, lse, torch.rand_like(lse)), flops, moved + rows * words * h.element_size()
+
+    def ours(h: Tensor, weight: Tensor, labels: Tensor, *rest: Tensor) -> Tensor:
+        if op == "head_losses":
+            return triton(op, h, weight, None, labels, 0.0)[0]
+        return triton(op, h, weight, None, labels, *rest, 0, 0.0)
+
+    def plain(h: Tensor, weight: Tensor, labels: Tensor, *rest: Tensor) -> Tensor:
+        logits = (h @ weight.mT).float()
+        if op == "head_losses":
+            return nn.functional.cross_entropy(logits, labels, reduction="none")
+        lse, g = rest
+        z = (logits - lse[:, None]).exp_()
+        z[torch.arange(len(z), device=z.device), labels] -= 1
+        return (z * g[:, None]).to(h.dtype)
+
+    return Kernel(
+        op, f"4096 rows, 768 x {VOCAB if op == 'head_losses' else 8192}", dtype, make, ours, plain, compiled=True
+    )
+
+
 def _layer_norm(d: int, dtype: str) -> Kernel:
     def make(bench: Bench, to: torch.dtype) -> tuple[Args, float, float]:
         units, t, offsets = _units(bench, 512)
@@ -253,6 +285,7 @@ ALL = [
     _clipped_gemm(768, 3072, 1024, "bf16", compiled=True),
     *(_clipped_gemm(*sizes) for sizes in _GEMMS),
     *(_layer_norm(d, "bf16") for d in (768, 2048)),
+    *(_head(op, "bf16") for op in ("head_losses", "head_gradient")),
     _tied(1024, "bf16"),
     _whole("bf16"),
 ]

@@ -27,6 +27,8 @@ KERNELS = (
     "linear_norms",
     "clipped_gemm",
     "layer_norm_backward",
+    "head_losses",
+    "head_gradient",
     "tied_cross",
     "clipped_sum",
     "affine_norm",

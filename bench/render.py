@@ -21,6 +21,7 @@ NAMES = {
     "best": "without privacy, fused AdamW and torch.compile",
     "fastclip": "fastclip",
     "compiled": "fastclip, torch.compile below the head",
+    "lean": "fastclip, without the head's logits",
     "logits": "fastclip, losses from the model's logits",
     "ghost": "Opacus 1.6 ghost",
     "hooks": "Opacus 1.6 hooks",

@@ -6,7 +6,7 @@
 
 Random weights, no dropout, torch.optim.AdamW as people construct it. Modes: plain, without privacy as people have it; best,
 the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface; compiled,
-fastclip with everything below the head under torch.compile; logits, fastclip with losses from the model's own logits; ghost and
+fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits, fastclip with losses from the model's own logits; ghost and
 hooks, Opacus. The processes take turns, one step at a time, so that
 all see the same machine; times are medians of their steps. Memory is of another process a mode, whose allocator gives back what
 is freed (glibc's heap otherwise keeps holes that make one and the same program come out up to a tenth apart): the peak resident
@@ -35,12 +35,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]  # opacus.py of this folder is not Opacus
 
 RESULTS = HERE / "results" / "steps_cpu.json"
-MODES = ("plain", "best", "fastclip", "compiled", "logits", "ghost", "hooks")
+MODES = ("plain", "best", "fastclip", "compiled", "lean", "logits", "ghost", "hooks")
 DEFAULT = "gpt2:4x256:fp32"
 # Rows of docs/benchmarks.md, the most telling first: model:batch x length:precision, and the modes that are compared.
 ROWS = {
     DEFAULT: MODES,
-    "gpt2:2x1024:fp32": ("plain", "best", "fastclip", "compiled"),
+    "gpt2:2x1024:fp32": ("plain", "best", "fastclip", "compiled", "lean"),
     "gpt2:8x128:fp32": ("plain", "best", "fastclip", "compiled"),
     "gpt2:4x512:fp32": ("plain", "fastclip"),
     "gpt2:4x256:bf16": ("plain", "fastclip"),
@@ -77,7 +77,7 @@ def worker(mode: str, row: str, small: bool) -> None:
     losses_of: Any = None
     if mode == "best":
         model = torch.compile(model)
-    elif mode in ("fastclip", "compiled", "logits"):
+    elif mode in ("fastclip", "compiled", "lean", "logits"):
         import fastclip
         from fastclip import huggingface
 
@@ -87,6 +87,8 @@ def worker(mode: str, row: str, small: bool) -> None:
         losses_of = getattr(huggingface, job.private_losses)
         if mode == "compiled":
             model.base_model.compile()
+        if mode == "lean":
+            fastclip.layers.head._SHARE = 0  # as where no memory is left
     elif opacus:
         import opacus as library
 
@@ -105,7 +107,7 @@ def worker(mode: str, row: str, small: bool) -> None:
         criterion = made[2] if mode == "ghost" else None
 
     def loss() -> Any:
-        if mode in ("fastclip", "compiled"):
+        if mode in ("fastclip", "compiled", "lean"):
             return losses_of(model, job.batch).mean()
         output = model(**inputs)
         if mode == "logits" and name != "roberta":

@@ -1,7 +1,8 @@
 """Every op's schema and fake, and the choice of a backend.
 
-The device decides: Triton on CUDA, C++ on CPU, plain torch (:mod:`fastclip.reference`) wherever a compiled one is absent.
-Where csrc/cuda was built, it goes before Triton. Importing this module imports no Triton and touches no device.
+The device decides: Triton on CUDA, C++ on CPU, plain torch (:mod:`fastclip.reference`, :mod:`fastclip.reference_head`) where a
+compiled one is absent. Where csrc/cuda was built, it goes before Triton. Importing this module imports no Triton and touches no
+device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastclip import reference
+from fastclip import reference, reference_head
 
 Backend = Literal["triton", "cpp", "torch"]
 
@@ -34,6 +35,9 @@ SCHEMAS = {
     "clipped_sum": "(Tensor grads, Tensor factors, Tensor(a!) out) -> ()",
     "cross_entropy": "(Tensor logits, Tensor labels) -> Tensor",
     "cross_entropy_backward": "(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor g) -> ()",
+    "head_losses": "(Tensor h, Tensor weight, Tensor? bias, Tensor labels, float softcap) -> Tensor",
+    "head_gradient": "(Tensor h, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor g, int start, float softcap)"
+    " -> Tensor",
 }
 _STREAM = "float std, float scale, Tensor key, int nonce"
 NOISE_SCHEMAS = {
@@ -58,11 +62,18 @@ LAUNCHERS = {
     "clipped_gemm": ("fastclip.kernels.clipped_gemm", "clipped_gemm"),
     "clipped_embedding": ("fastclip.kernels.clipped_embedding", "clipped_embedding"),
     "clipped_sum": ("fastclip.kernels.clipped_sum", "clipped_sum"),
+    "head_losses": ("fastclip.kernels.linear_cross_entropy", "head_losses"),
+    "head_gradient": ("fastclip.kernels.linear_cross_entropy", "head_gradient"),
     "add_noise": ("fastclip.kernels.add_noise", "add_noise"),
     "clip_accumulate_noise": ("fastclip.kernels.clip_accumulate_noise", "clip_accumulate_noise"),
     "noise_adamw": ("fastclip.kernels.noise_adamw", "noise_adamw"),
     "noise_sgd": ("fastclip.kernels.noise_sgd", "noise_sgd"),
 }
+
+
+def plain(name: str) -> Callable[..., Any]:
+    """The op in plain torch."""
+    return getattr(reference_head if hasattr(reference_head, name) else reference, name)
 
 
 def _register() -> None:
@@ -85,17 +96,25 @@ def _register() -> None:
     def cross_entropy_fake(logits: Tensor, labels: Tensor) -> Tensor:
         return logits.new_empty(2, logits.shape[0], dtype=reference.accumulation_dtype(logits.dtype))
 
+    def head_losses_fake(h: Tensor, *args: Any) -> Tensor:
+        return h.new_empty(2, h.shape[0], dtype=reference.accumulation_dtype(h.dtype))
+
+    def head_gradient_fake(h: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        return h.new_empty(h.shape[0], weight.shape[0])
+
     def nothing_fake(*args: Any) -> None:
         return None
 
     for name, schema in SCHEMAS.items():
-        function, mutates = getattr(reference, name), schema.endswith("()")
+        function, mutates = plain(name), schema.endswith("()")
         torch.library.define(f"fastclip::{name}", schema)
         torch.library.impl(f"fastclip::{name}", "default", without_result(function) if mutates else function)
         special: dict[str, Callable[..., Any]] = {
             "segment_sum": segment_sum_fake,
             "linear_norms": linear_norms_fake,
             "cross_entropy": cross_entropy_fake,
+            "head_losses": head_losses_fake,
+            "head_gradient": head_gradient_fake,
         }
         fake: Callable[..., Any] = nothing_fake if mutates else special.get(name, norms_fake)
         torch.library.register_fake(f"fastclip::{name}", fake)
@@ -150,7 +169,7 @@ def _on_cuda(name: str, *args: Any) -> Any:
             _triton_missing = f"triton does not load ({error}): CUDA tensors run in plain torch"
     if name in NOISE_SCHEMAS:
         raise RuntimeError(f"{name} cannot run on CUDA: {_triton_missing}")
-    result = getattr(reference, name)(*args)
+    result = plain(name)(*args)
     return None if SCHEMAS[name].endswith("()") else result
 
 
@@ -190,7 +209,7 @@ def run(name: str, backend: Backend | None, *args: Any) -> Any:
     """The op by its device, or by the backend that is asked for; raises RuntimeError where that cannot run."""
     check_backend(backend)
     if backend == "torch":
-        return getattr(reference, name)(*args)
+        return plain(name)(*args)
     return compiled(name, backend, *args)(*args)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastclip import ops
 from fastclip.clipping import ClippingRule
+from fastclip.head_rows import HeadRows
 from fastclip.reference import NORM_SLACK, UNIT_ROUNDOFF_FP32, UNIT_ROUNDOFF_FP64, accumulation_dtype, gram_error
 from fastclip.units import Segments, merge
 
@@ -44,6 +45,10 @@ class LinearRows:
     def terms(self) -> int:
         """How many terms an element of the clipped sum gets at most."""
         return self.a.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.g.shape[1]
 
     def smaller(self, shape: torch.Size) -> LinearRows | PerUnit:
         """The form that holds fewer numbers: these factors, or for long units the gradients themselves, ``[U, *shape]``.
@@ -74,6 +79,20 @@ class LinearRows:
                 whole = self.segments.offsets.new_tensor([0, j - i])
                 ops.clipped_gemm(self.a[i:j], self.g[i:j], whole, one, out[u], accumulate=False)
         return out.view(num_units, *shape)
+
+    def parts(self, wide: bool = False) -> Tensor:
+        """fp64 ``[2, U]`` of :func:`fastclip.ops.linear_norm_parts`. wide: products in fp64."""
+        return ops.linear_norm_parts(self.a.double() if wide else self.a, self.g, self.segments.offsets)
+
+    def square_again(self, unit: int) -> Tensor:
+        """The squared norm of one unit by products in fp64."""
+        i, j = self.segments.offsets[unit : unit + 2].tolist()
+        whole = self.segments.offsets.new_tensor([0, j - i])
+        return ops.linear_norm(self.a[i:j].double(), self.g[i:j].double(), whole)[0]
+
+    def cross(self, ids: Tensor, e: Tensor, offsets: Tensor, padding_idx: int | None) -> Tensor:
+        """fp64 ``[U]`` inner products with the gradient of an embedding of the same weight."""
+        return ops.tied_cross(self.a, self.g, self.segments.offsets, ids, e, offsets, padding_idx)
 
     def add_clipped(self, factors: Tensor, out: Tensor, accumulate: bool) -> None:
         ops.clipped_gemm(self.a, self.g, self.segments.offsets, factors, out, accumulate=accumulate)
@@ -142,7 +161,7 @@ class PerUnit:
         ops.clipped_sum(self.grads, factors, out)
 
 
-Entry = LinearRows | EmbeddingRows | PerUnit
+Entry = LinearRows | HeadRows | EmbeddingRows | PerUnit
 
 
 def copied(entry: Entry, lent: Sequence[Tensor]) -> Entry:
@@ -171,9 +190,14 @@ def separate(slots: dict[Slot, list[Entry]]) -> dict[Slot, list[Entry]]:
     for (p, start, stop), entries in slots.items():
         borders = sorted({edge for pair in ranges[p] for edge in pair if start <= edge <= stop})
         for i, j in pairwise(borders):
-            parts = entries if (i, j) == (start, stop) else [e.part(i - start, j - start) for e in entries]
+            parts = entries if (i, j) == (start, stop) else [held(e).part(i - start, j - start) for e in entries]
             out.setdefault((p, i, j), []).extend(parts)
     return {slot: _one_form(slot, entries) for slot, entries in out.items()}
+
+
+def held(entry: Entry) -> LinearRows | EmbeddingRows | PerUnit:
+    """With a head's logits' gradients, where it stands beside what it cannot be measured with otherwise."""
+    return LinearRows(entry.a, entry.whole(), entry.segments) if isinstance(entry, HeadRows) else entry
 
 
 def _one_form(slot: Slot, entries: list[Entry]) -> list[Entry]:
@@ -186,9 +210,9 @@ def _one_form(slot: Slot, entries: list[Entry]) -> list[Entry]:
         return entries
     p, start, stop = slot
     shape = torch.Size([stop - start, *p.shape[1:]]) if p.dim() else p.shape
-    entries = sorted(entries, key=lambda e: not (isinstance(e, PerUnit) and e.owned))
-    total, ours = entries[0].per_unit(shape), isinstance(entries[0], PerUnit) and entries[0].owned
-    for e in entries[1:]:
+    forms = sorted(map(held, entries), key=lambda e: not (isinstance(e, PerUnit) and e.owned))
+    total, ours = forms[0].per_unit(shape), isinstance(forms[0], PerUnit) and forms[0].owned
+    for e in forms[1:]:
         if ours and isinstance(e, EmbeddingRows) and accumulation_dtype(e.g.dtype) == total.dtype:
             e.add_per_unit(total)
         else:
@@ -202,9 +226,10 @@ def _square(grads: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square_()
 
 
-def _merge_linear(entries: Sequence[LinearRows]) -> LinearRows:
-    if len(entries) == 1:
-        return entries[0]
+def _merge_linear(heads: Sequence[LinearRows | HeadRows]) -> LinearRows | HeadRows:
+    if len(heads) == 1:
+        return heads[0]
+    entries = [e for e in map(held, heads) if isinstance(e, LinearRows)]
     dtype = accumulation_dtype(torch.promote_types(entries[0].a.dtype, entries[0].g.dtype))
     together = merge([e.segments for e in entries])
     a = together.gather(torch.cat([e.a.to(dtype) for e in entries]))
@@ -263,14 +288,14 @@ def measures(slots: dict[Slot, list[Entry]]) -> Iterator[tuple[Slot, Measure]]:
 
 def measure(entries: Sequence[Entry], dtype: torch.dtype) -> Measure:
     """Of the entries of one slot of ``separate``. dtype: the parameter's, whose sum is formed accordingly."""
-    linear = [e for e in entries if isinstance(e, LinearRows)]
+    linear = [e for e in entries if isinstance(e, LinearRows | HeadRows)]
     embedding = [e for e in entries if isinstance(e, EmbeddingRows)]
     if isinstance(entries[0], PerUnit):
         square = _square(entries[0].grads)
         return Measure(square, torch.zeros_like(square), square.sqrt())
     if not embedding:
         head = _merge_linear(linear)
-        parts = ops.linear_norm_parts(head.a, head.g, head.segments.offsets)
+        parts = head.parts()
         return Measure(parts[0], _rounding(parts[1], dtype, head.segments), parts[1])
     tail = _merge_embedding(embedding)
     square = ops.embedding_norm(tail.ids, tail.g, tail.segments.offsets, tail.padding_idx)
@@ -280,12 +305,9 @@ def measure(entries: Sequence[Entry], dtype: torch.dtype) -> Measure:
     if not linear:
         return Measure(square, bound, spread)
     head = _merge_linear(linear)
-    cross = 2 * ops.tied_cross(
-        head.a, head.g, head.segments.offsets, tail.ids, tail.g, tail.segments.offsets, tail.padding_idx
-    )
+    cross = 2 * head.cross(tail.ids, tail.g, tail.segments.offsets, tail.padding_idx)
     # Elsewhere than on CPU in fp64 at once: what suffices for the head alone may not for the sum of both.
-    rows = head.a if head.a.device.type == "cpu" else head.a.double()
-    parts = ops.linear_norm_parts(rows, head.g, head.segments.offsets)
+    parts = head.parts(wide=head.a.device.type != "cpu")
     return Measure(
         _tied_square(head, parts, square + cross, square) + _tied_error(head, tail, spread + parts[1]),
         bound + _rounding(parts[1], dtype, head.segments),
@@ -293,7 +315,7 @@ def measure(entries: Sequence[Entry], dtype: torch.dtype) -> Measure:
     )
 
 
-def _tied_square(head: LinearRows, parts: Tensor, others: Tensor, embedding: Tensor) -> Tensor:
+def _tied_square(head: LinearRows | HeadRows, parts: Tensor, others: Tensor, embedding: Tensor) -> Tensor:
     """fp64 ``[U]``: squared norm of head + embedding, from the embedding's square and that plus twice the inner product.
 
     parts: fp64 ``[2, U]``, the head's of ``linear_norm_parts``.
@@ -301,23 +323,19 @@ def _tied_square(head: LinearRows, parts: Tensor, others: Tensor, embedding: Ten
     Where head and embedding cancel, what the head's own square may be off by is no longer small beside the sum: those
     units' heads are done in fp64. The sum cancels at worst down to fp64 rounding of its parts; 1e-12 of them is above it.
     """
-    offsets = head.segments.offsets
     square = parts[0].clone()
-    if square.device.type == "cpu" and head.g.dtype != torch.float64:
-        d, p = head.a.shape[1], head.g.shape[1]
-        worst = torch.tensor([gram_error(d, p, n) for n in offsets.diff().tolist()], dtype=torch.float64)
+    if square.device.type == "cpu" and head.a.dtype != torch.float64:
+        lengths = head.segments.offsets.diff().tolist()
+        worst = torch.tensor([gram_error(head.a.shape[1], head.vocabulary, n) for n in lengths], dtype=torch.float64)
         error = worst * parts[1].square()
-        bounds = offsets.tolist()
         for u in (~(error <= 2 * NORM_SLACK * (square + others))).nonzero().flatten().tolist():
-            rows = slice(bounds[u], bounds[u + 1])
-            whole = offsets.new_tensor([0, bounds[u + 1] - bounds[u]])
-            square[u] = ops.linear_norm(head.a[rows].double(), head.g[rows].double(), whole)[0]
+            square[u] = head.square_again(u)
     return (square + others).clamp_min(0) + 1e-12 * (square + embedding)
 
 
-def _tied_error(head: LinearRows, tail: EmbeddingRows, spread: Tensor) -> Tensor:
+def _tied_error(head: LinearRows | HeadRows, tail: EmbeddingRows, spread: Tensor) -> Tensor:
     """fp64 ``[U]``: what fp64 sums over pairs of rows may be off by where head and embedding cancel (Higham, section 3.1)."""
-    d, vocabulary = head.a.shape[1], head.g.shape[1]
+    d, vocabulary = head.a.shape[1], head.vocabulary
     rows = head.segments.offsets.diff() + tail.segments.offsets.diff()
     return 4 * (d + vocabulary + 2 * rows + 4).double() * UNIT_ROUNDOFF_FP64 * spread.square()
 

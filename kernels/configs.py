@@ -105,6 +105,14 @@ GEMM = {
     ("fp64", "short"): Config({"BLOCK_P": 32, "BLOCK_D": 32, "BLOCK_T": 16}, 4, 2),
 }
 
+# Logits of a head: rows by words by width.
+HEAD = {
+    "half": Config({"BLOCK_R": 128, "BLOCK_V": 64, "BLOCK_K": 64}, 8, 3),
+    "fp32": Config({"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_K": 16}, 8, 2),
+    "fp64": Config({"BLOCK_R": 32, "BLOCK_V": 32, "BLOCK_K": 16}, 4, 2),
+}
+HEAD_SPAN = 4096  # words a program
+
 
 def dtype_class(*tensors: Tensor) -> str:
     """ "half", "fp32" or "fp64": the widest. Raises ValueError for anything else."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastclip import reference
+from fastclip import reference, reference_head
+from fastclip.dispatch import plain
 from fastclip.random import Key
 
 LENGTHS = {
@@ -25,6 +26,16 @@ LENGTHS = {
     "no rows": [0, 0],
     "no unit": [],
 }
+# (name, rows, words, d, layout, soft-capping: with a bias)
+HEADS = [
+    ("one row", 1, 1, 1, "dense", 0.0),
+    ("ragged", 7, 130, 17, "dense", 3.0),
+    ("65 rows", 65, 63, 64, "dense", 0.0),
+    ("130 rows", 130, 77, 33, "dense", 2.0),
+    ("several spans", 3, 8195, 5, "dense", 0.0),
+    ("no rows", 0, 9, 5, "dense", 0.0),
+    *((layout, 9, 21, 13, layout, 4.0) for layout in ("transposed", "strided", "expanded")),
+]
 WIDTHS = [(1, 1), (7, 130), (130, 17), (64, 65)]
 LAYOUTS = ("dense", "transposed", "strided", "expanded")
 Make = Callable[[torch.dtype, torch.device], tuple[Any, ...]]
@@ -41,7 +52,7 @@ class Case:
 
     def exact(self, args: tuple[Any, ...]) -> Tensor:
         """fp64: what the op returns, or leaves in the argument that it writes."""
-        return getattr(reference, self.op)(*(_double(x) for x in args))
+        return plain(self.op)(*(_double(x) for x in args))
 
 
 def _double(x: Any) -> Any:
@@ -142,6 +153,23 @@ def _cases() -> list[Case]:
             _case("affine_norm", name, gain, layout),
             _case("segment_sum", name, gain, layout),
         ]
+    for name, rows, words, d, layout, softcap in HEADS:
+
+        def head(m: Maker, rows: int = rows, words: int = words, d: int = d, bias: bool = softcap > 0) -> list[Any]:
+            return [m.rows(rows, d), m.rows(words, d), m.rows(1, words)[0] if bias else None, m.ids(rows, words)]
+
+        def words_of(m: Maker, head: Any = head, words: int = words, softcap: float = softcap) -> tuple[Any, ...]:
+            h, weight, bias, labels = head(m)
+            lse = reference_head.head_losses(
+                h.cpu(), weight.cpu(), None if bias is None else bias.cpu(), labels.cpu(), softcap
+            )
+            g = m.factors(len(labels)).to(lse.dtype)
+            first, stop = words // 3, max(words // 3 + 1, words - 5)
+            bias = None if bias is None else bias[first:stop]
+            return h, weight[first:stop], bias, labels, lse[1].to(m.device), g, first, softcap
+
+        found.append(_case("head_losses", name, lambda m, head=head, softcap=softcap: (*head(m), softcap), layout))
+        found.append(_case("head_gradient", name, words_of, layout))
     found.append(_case("clipped_gemm", "written over", lambda m: (*_written_over(m), False)))
     for shape in ((), (5, 3), (1000,)):
 

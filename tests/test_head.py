@@ -11,9 +11,26 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastclip
-from fastclip import head, ops, reference
+from fastclip import head, ops, ops_head, reference, tape
+from fastclip.head_rows import HeadRows
 from fastclip.huggingface import causal_lm_losses, masked_lm_losses
+from fastclip.layers.site import Site
+from fastclip.units import Segments
 from kernels import needs_kernels
+
+
+@pytest.fixture(params=["held", "some words at a time"])
+def logits(request, monkeypatch):
+    """Both ways to a head's losses; chunks end within the vocabulary."""
+    lean = request.param != "held"
+    monkeypatch.setattr("fastclip.layers.head._SHARE", 0 if lean else 1)
+    monkeypatch.setattr("fastclip.head_rows.CHUNK", 19)
+    monkeypatch.setattr("fastclip.reference_head.CHUNK", 23)
+    entered = []
+    enter = Site.enter_head
+    monkeypatch.setattr(Site, "enter_head", lambda self, *args: entered.append(args) or enter(self, *args))
+    yield request.param
+    assert bool(entered) == lean, "the other way was taken"
 
 
 def labelled(dtype=torch.int64):
@@ -51,7 +68,7 @@ def own_losses(model, batch):
 @pytest.mark.parametrize("time_major", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_models_own_code(tied, bias, time_major, users):
+def test_a_models_own_code(logits, tied, bias, time_major, users):
     torch.manual_seed(0)
     model = randomize(Own(tied, bias, time_major))
     batch = {"ids": tokens(B, T), "labels": labelled()}
@@ -66,7 +83,7 @@ def test_a_models_own_code(tied, bias, time_major, users):
     assert_gradients(collect(model), clipped_sum(units, limit))
 
 
-def test_packed_rows():
+def test_packed_rows(logits):
     torch.manual_seed(0)
     model = randomize(Own(tied=True, bias=True))
     ids, labels = tokens(1, 11), tokens(1, 11, seed=3)
@@ -103,8 +120,16 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_behind_transformers_models(name):
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
+def test_behind_transformers_models(logits, name):
+    check_behind(name)
+
+
+def test_behind_a_model_that_caps_its_logits():
+    check_behind("gemma2")
+
+
+def check_behind(name):
     build, losses_of, ends_with_its_head = MODELS[name]
     model = build().train()
     batch = {"input_ids": tokens(B, T, low=5), "labels": labelled()}
@@ -213,7 +238,7 @@ def test_nothing_labelled_is_nothing_lost():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_example_reaches_nobody(value):
+def test_a_broken_example_reaches_nobody(logits, value):
     """The others have the bits that they have beside a healthy example."""
     model = randomize(Own(tied=True, bias=True))
     clipper = fastclip.attach(model, max_grad_norm=1.0)
@@ -230,7 +255,7 @@ def test_a_broken_example_reaches_nobody(value):
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
 
 
-def test_under_autocast_losses_are_fp32_and_the_buffer_is_not():
+def test_under_autocast_losses_are_fp32_and_the_buffer_is_not(logits):
     model = randomize(Own(tied=False, bias=False))
     batch = {"ids": tokens(B, T), "labels": labelled()}
     fastclip.attach(model, max_grad_norm=1e6)
@@ -260,14 +285,60 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         model(tokens(B, T), labels)
 
 
-def test_a_label_outside_the_vocabulary_is_an_error():
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_label_outside_the_vocabulary_is_an_error(share, monkeypatch):
+    monkeypatch.setattr("fastclip.layers.head._SHARE", share)
     model = Own(tied=False, bias=False)
     fastclip.attach(model, max_grad_norm=1.0)
     labels = labelled()
     model(tokens(B, T), labels)
     labels[0, 0] = VOCAB
-    with pytest.raises((RuntimeError, IndexError), match=r"label|bounds"):
+    with pytest.raises((RuntimeError, IndexError, ValueError), match=r"label|bounds"):
         model(tokens(B, T), labels)
+
+
+def entries(h, weight, labels, scale, offsets):
+    """A head on the tape, its logits' gradients held and not."""
+    lse = ops_head.head_losses(h, weight, None, labels)[1]
+    lean = HeadRows(h, weight, None, labels, lse, scale, Segments(None, offsets))
+    return lean, tape.LinearRows(h, lean.whole(), lean.segments)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 83])
+def test_rows_without_logits_measure_as_rows_with_them(monkeypatch, chunk):
+    monkeypatch.setattr("fastclip.head_rows.CHUNK", chunk)
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    lean, held = entries(torch.randn(11, 7), torch.randn(83, 7), torch.randint(83, (11,)), torch.rand(11), offsets)
+    tail = tape.EmbeddingRows(torch.randint(83, (11,)), torch.randn(11, 7), Segments(None, offsets), 3)
+    for more in ([], [tail]):
+        found, expected = (tape.measure([head, *more], torch.float32) for head in (lean, held))
+        for name in ("square", "bound", "spread"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=0)
+    outs = torch.zeros(2, 83, 7)
+    for entry, out in zip((lean, held), outs, strict=True):
+        entry.add_clipped(torch.tensor([0.3, 1.0, 0.7]), out, True)
+    torch.testing.assert_close(outs[0], outs[1])
+    # Cut at a border and beside materialised gradients they take the held form.
+    slots = {(held.a, 0, 83): [lean], (held.a, 10, 20): [held.part(10, 20)]}
+    assert all(not isinstance(e, HeadRows) for own in tape.separate(slots).values() for e in own)
+
+
+@pytest.mark.parametrize("chunk", [3, 40])
+def test_a_head_that_cancels_its_embedding_is_not_under_estimated(monkeypatch, chunk):
+    """The embedding's gradient is minus the head's, but for a little: what is left is measured, not lost."""
+    monkeypatch.setattr("fastclip.head_rows.CHUNK", chunk)
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 6], dtype=torch.int32)
+    lean, held = entries(torch.randn(6, 7), torch.randn(40, 7), torch.randint(40, (6,)), torch.rand(6), offsets)
+    exact = held.g.double().mT @ held.a.double()  # [V, d]
+    ids, rows = torch.arange(40), (-exact).float()
+    rows[0] += 1e-6
+    tail = tape.EmbeddingRows(ids, rows, Segments(None, torch.tensor([0, 40], dtype=torch.int32)), None)
+    left = (exact + rows.double()).norm()
+    found = tape.measure([lean, tail], torch.float32)
+    assert found.square.sqrt()[0] >= left * (1 - 1e-6)
+    assert found.square.sqrt()[0] + found.bound[0] <= left + 1e-4 * exact.norm()
 
 
 # The rows' kernels

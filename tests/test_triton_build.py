@@ -71,6 +71,15 @@ def test_products_are_those_of_tensor_cores_and_added_apart(capability):
             assert used["added apart"] == (1 + int(name.split()[2]) if name.startswith("gram") else 1), name
 
 
+@pytest.mark.parametrize("capability", SHARED)
+def test_a_heads_logits_are_products_of_tensor_cores_and_fp32_stays_fp32(capability):
+    heads = {name: used["products"] for name, used in TABLE[capability].items() if name.startswith("head_")}
+    assert len(heads) == 10
+    half = "wgmma" if capability == "sm_90" else "mma.sync"
+    for name, products in heads.items():
+        assert products == (half if "16" in name else "mma.sync" if "fp64" in name else None), name
+
+
 def test_no_kernel_chooses_its_configuration_at_run_time():
     from triton.runtime.autotuner import Autotuner, Heuristics
 

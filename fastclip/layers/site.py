@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastclip import ops
+from fastclip.head_rows import HeadRows
 from fastclip.reference import accumulation_dtype
 from fastclip.tape import EmbeddingRows, Entry, LinearRows, PerUnit
 from fastclip.units import PrivacyUnits, Segments
@@ -77,6 +79,12 @@ class Site:
         rows = LinearRows(segments.gather(a), segments.gather(g), Segments(None, segments.offsets))
         shape = param.shape if block is None else param[block].shape
         self.recorder.record(param, rows.smaller(shape), block)
+
+    def enter_head(self, param: Tensor, rows: HeadRows) -> None:
+        """Enter the gradient of a head's weight from rows as the layer has them, whose segments are not known yet."""
+        segments = self.segments(rows.a.shape[0], rows.a.device)
+        own = {name: segments.gather(getattr(rows, name)) for name in ("a", "labels", "lse", "scale")}
+        self.recorder.record(param, replace(rows, segments=Segments(None, segments.offsets), **own), None)
 
     def enter_embedding(self, param: Tensor, ids: Tensor, g: Tensor, padding_idx: int | None) -> None:
         """Enter the gradient of an embedding. ids: int ``[...]``, g: ``[..., d]``."""

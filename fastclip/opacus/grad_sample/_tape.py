@@ -97,7 +97,7 @@ class Batch:
                 shape = torch.Size([stop - start, *p.shape[1:]]) if p.dim() else p.shape
                 part = total[:, start:stop] if p.dim() else total
                 for entry in self.slots.pop(slot):
-                    part += entry.per_unit(shape)
+                    part += tape.held(entry).per_unit(shape)
             total *= self.weights.to(total).view(-1, *[1] * p.dim())
             self.read[p] = total.to(p.dtype)
         return self.read[p]
