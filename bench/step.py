@@ -6,9 +6,9 @@
 
 Random weights, no dropout, torch.optim.AdamW as people construct it. Modes: plain, without privacy as people have it; best,
 the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface; compiled,
-fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits, fastclip with losses from the model's own logits; ghost and
-hooks, Opacus. The processes take turns, one step at a time, so that
-all see the same machine; times are medians of their steps. Memory is of another process a mode, whose allocator gives back what
+fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits, fastclip with
+losses from the model's own logits; ghost and hooks, Opacus. The processes take turns, one step at a time, so that all
+see the same machine; times are medians of their steps. Memory is of another process a mode, whose allocator gives back what
 is freed (glibc's heap otherwise keeps holes that make one and the same program come out up to a tenth apart): the peak resident
 size of all, the first step with fastclip's trial included, and of the last step alone. Opacus refuses GPT-2 and tied heads:
 there the head is untied and GPT-2's position embedding frozen, which makes its work smaller.

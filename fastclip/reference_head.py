@@ -48,17 +48,20 @@ def head_gradient(
     weight: ``[C, d]``, bias: ``[C]``, those words'; lse: of all words; lse, g: ``[R]``. Rows of g = 0 are 0 whatever they hold.
     """
     logits = _capped(_raw(h, weight, bias), softcap)
-    g = g.to(logits.dtype)
-    apart = logits - lse[:, None]
-    local = labels.long() - start
-    label = torch.arange(logits.shape[1], device=h.device) == local[:, None]  # [R, C]
-    z = torch.where(label, apart.expm1(), apart.exp()) * g[:, None]  # softmax - 1 cancels in a narrower dtype
-    if softcap:
-        z = z * (1 - (logits / softcap).square())
-    return z.masked_fill_((g == 0)[:, None], 0.0).to(h.dtype)
+    slope = 1 - (logits / softcap).square_() if softcap else None
+    g, local = g.to(logits.dtype), labels.long() - start
+    rows = ((local >= 0) & (local < logits.shape[1])).nonzero().squeeze(1)
+    at_label = (logits[rows, local[rows]] - lse[rows]).expm1() * g[rows]  # softmax - 1 cancels otherwise
+    z = logits.sub_(lse[:, None]).exp_().mul_(g[:, None])
+    z[rows, local[rows]] = at_label
+    if slope is not None:
+        z.mul_(slope)
+    z[(g == 0).nonzero().squeeze(1)] = 0.0
+    return z.to(h.dtype)
 
 
 def _raw(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A tensor of its own."""
     return F.linear(h, weight, bias).to(accumulation_dtype(h.dtype))
 
 

@@ -3,8 +3,7 @@
 Autograd would keep the logits, their log-softmax and that one's gradient. Here the logits become their gradient where they
 stand, and that is what the tape gets: norm and clipped sum are a linear layer's (layers/linear.py), on the very numbers that
 the input gradient was formed from. Where memory is short of even that, logits are formed some words at a time, in the forward
-and three times more: for the input gradient, the norm and the clipped sum. That is two products of five more than it takes
-with room, and the same numbers each time (head_rows.py).
+and three times more: for the input gradient, the norm and the clipped sum, the same numbers each time (head_rows.py).
 """
 
 from __future__ import annotations
