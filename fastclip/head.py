@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.layers.head import head_losses
-from fastclip.layers.linear import linear_layer
+from fastclip.layers.linear import linear, linear_layer
 from fastclip.layers.registry import find_rule
 from fastclip.layers.site import Site
-from fastclip.routing import LayerRoute, held_back
+from fastclip.routing import Held, LayerRoute, held_back
 
 # Models whose output is not their head's: found out once.
 _ENDING_OTHERWISE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -72,9 +72,41 @@ def output_losses(
     first time, with another trial, and only as it is from then on. So is one with forward hooks. Raises ValueError if labels do
     not fit.
     """
+    found = _before_head(model, head, inputs)
+    if not isinstance(found, Held):
+        return of_output(found)
+    check_labels(found.input, labels)
+    return _losses(found.site, found.input, head, labels, ignore_index)
+
+
+def output_rows(
+    model: nn.Module,
+    head: nn.Module | None,
+    inputs: Mapping[str, Any],
+    places: Tensor,
+    of_output: Callable[[Any], Tensor],
+) -> Tensor:
+    """``[B, V]``: a model's logits at one position of each example, places: int64 ``[B]``; other positions' are not computed.
+
+    of_output: the model's logits ``[B, T, V]`` from what it returns; head and the rest as in :func:`output_losses`.
+    """
+    found = _before_head(model, head, inputs)
+    rows = torch.arange(len(places), device=places.device)
+    if not isinstance(found, Held):
+        return of_output(found)[rows, places]
+    site, h, layer = found.site, found.input, cast("nn.Linear", head)
+    if site is None:
+        return F.linear(h[rows, places], layer.weight, layer.bias)
+    if site.batch_dim:
+        site, h = site.batch_first(), h.transpose(0, site.batch_dim)
+    return linear(site.of(rows), h[rows, places], layer.weight, layer.bias)
+
+
+def _before_head(model: nn.Module, head: nn.Module | None, inputs: Mapping[str, Any]) -> Any:
+    """The call of the model's head that would end its forward, held back; else what the model returns."""
     watched = model._forward_hooks or _compiled(model)  # somebody looks at what comes out
     if head is None or not is_plain(head) or watched or model in _ENDING_OTHERWISE:
-        return of_output(model(**inputs))
+        return model(**inputs)
     failed = False
     with held_back(head) as held:
         try:
@@ -85,14 +117,13 @@ def output_losses(
             failed = True  # by code that expects logits, or for another reason: then once more below
     calls = held.calls
     if not failed and not calls and not held.tried:
-        return of_output(output)
+        return output
     if failed or len(calls) != 1 or not _same(getattr(output, "logits", output), calls[0].input):
         _ENDING_OTHERWISE.add(model)
         route = head.__dict__["forward"]
         route.clipper.forget_layout()  # what follows the head has not been tried on logits
-        return of_output(model(**inputs))
-    check_labels(calls[0].input, labels)
-    return _losses(calls[0].site, calls[0].input, head, labels, ignore_index)
+        return model(**inputs)
+    return calls[0]
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -107,8 +138,8 @@ def _same(logits: Any, input: Tensor) -> bool:
         return True
     if not isinstance(logits, Tensor) or logits.shape != input.shape or logits.grad_fn is None:
         return False
-    cast: Any = logits.grad_fn
-    return cast.name() == "ToCopyBackward0" and cast.next_functions[0][0] is input.grad_fn
+    copy: Any = logits.grad_fn
+    return copy.name() == "ToCopyBackward0" and copy.next_functions[0][0] is input.grad_fn
 
 
 def _compiled(model: nn.Module) -> bool:

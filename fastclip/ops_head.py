@@ -22,8 +22,8 @@ def head_losses(
     """fp32 ``[2, R]`` (fp64 for fp64) losses and log-sum-exps: :func:`fastclip.reference_head.head_losses`.
 
     h: ``[R, d]``, weight: ``[V, d]``, bias: ``[V]`` or None, all of one dtype; labels: int ``[R]`` in [0, V). softcap: what
-    logits are kept within, 0 for none. Raises ValueError if shapes or dtypes do not fit, or on a CPU for other labels; those get a
-    loss of NaN elsewhere.
+    logits are kept within, 0 for none. Raises ValueError if shapes or dtypes do not fit, or, on a CPU, for other labels,
+    which lead to NaN elsewhere.
     """
     _check(h, weight, bias, labels, softcap)
     here = labels.device.type == "cpu" and not torch.compiler.is_compiling()

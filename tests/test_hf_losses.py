@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from families import BERT, DECODER, FAMILIES, GPT2, IGNORED, ROBERTA, VOCAB, from_config, lora, tokens
+from families import BERT, DECODER, DISTILBERT, FAMILIES, GPT2, IGNORED, ROBERTA, VOCAB, from_config, lora, tokens
 from oracle import assert_gradients, clipped_sum, collect, norms, pick_clipping_norm, unit_gradients
 from torch import nn
 
 import fastclip
+from fastclip import head
 from fastclip.huggingface import (
     causal_lm_losses,
     classification_losses,
@@ -93,6 +94,24 @@ def test_clipped_gradients_of_these_losses_match_the_oracle(task):
     losses(model, batch).sum().backward()
     assert_gradients(collect(model), clipped_sum(units, C))
     clipper.detach()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_infilling_takes_the_heads_logits_at_the_masks_alone(kind, monkeypatch):
+    settings = {"bert": BERT, "roberta": ROBERTA, "distilbert": DISTILBERT}[kind]
+    model, batch, users = from_config("MaskedLM", kind, **settings), template(), [4, 2, 4, 1, 2]
+    units = unit_gradients(model, infilling, batch, users)
+    C = pick_clipping_norm(norms(units))
+    clipper = fastclip.attach(model, max_grad_norm=C)
+    rows = []
+    linear = head.linear
+    monkeypatch.setattr(head, "linear", lambda site, x, *rest: rows.append(x.shape) or linear(site, x, *rest))
+    for _ in range(2):
+        model.zero_grad()
+        with clipper.units(ids=users):
+            infilling(model, batch).sum().backward()
+        assert_gradients(collect(model), clipped_sum(units, C))
+    assert [shape[0] for shape in rows] == [5, 5]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastclip.head import check_labels, output_losses
+from fastclip.head import check_labels, output_losses, output_rows
 
 Reduction = Literal["mean", "sum"]
 LossFn = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -124,10 +124,8 @@ def infilling_losses(
             f"a row has not exactly one mask token (mask_token_id={mask_token_id}): fill the template in so that each text "
             "keeps one, and truncate the text and not the template"
         )
-    logits = _logits(model, batch)  # [B, T, V]
-    rows = torch.arange(len(labels), device=logits.device)
-    chosen = logits[rows, at_mask.int().argmax(1)][:, words]  # [B, K]
-    return F.cross_entropy(chosen.float(), labels, reduction="none")
+    logits = output_rows(model, _output_layer(model), _inputs(batch), at_mask.int().argmax(1), _logits_of)  # [B, V]
+    return F.cross_entropy(logits[:, words].float(), labels, reduction="none")
 
 
 def default_losses(model: nn.Module) -> LossFn:
