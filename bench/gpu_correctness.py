@@ -67,9 +67,11 @@ def measure(bench: Bench, name: str, launch: Launch | None = None) -> dict[str, 
 
 def compare(case: Any, dtype: str, device: torch.device, launch: Launch) -> tuple[float, str]:
     """(error as a share of what is allowed, what is wrong or "")."""
+    from kernel_cases import joined
+
     found, again = (_launched(launch, case.op, case.make(DTYPES[dtype], device)).cpu() for _ in range(2))
     exact = case.exact(case.make(DTYPES[dtype], torch.device("cpu")))
-    plain = dispatch.plain(case.op)(*case.make(DTYPES[dtype], torch.device("cpu"))).double()
+    plain = joined(dispatch.plain(case.op)(*case.make(DTYPES[dtype], torch.device("cpu")))).double()
     if not torch.equal(_bits(found), _bits(again)):
         return 0.0, "the second launch has other bits"
     if found.shape != exact.shape:
@@ -112,8 +114,10 @@ def _written(op: str) -> list[int]:
 
 def _launched(launch: Launch, op: str, args: tuple[Any, ...]) -> Tensor:
     """What the op returns or writes."""
+    from kernel_cases import joined
+
     result, written = launch(*args), _written(op)
-    return result if not written else args[written[0]]
+    return joined(result) if not written else args[written[0]]
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -57,9 +57,11 @@ def new_tap(forward: Forward) -> Tensor:
 
 def is_operator(route: LayerRoute, law: Law | None) -> bool:
     """Whether compiled code can have the layer as an operator. Another breaks the graph, and runs as without a compiler."""
-    if law is None or route.caught or next(route.module.children(), None) is not None:
+    if law is None or next(route.module.children(), None) is not None:
         return False
-    return law.rank is not None and law.dim == 0 if route.rule is None else route.rule in _ONE_TO_ONE
+    if route.rule is None:
+        return law.dim == 0 and (route.caught or law.rank is not None)
+    return route.rule in _ONE_TO_ONE
 
 
 def traced(route: LayerRoute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

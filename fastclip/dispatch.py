@@ -29,6 +29,8 @@ SCHEMAS = {
     " -> Tensor",
     "affine_norm": "(Tensor g, Tensor? x_hat, Tensor offsets) -> Tensor",
     "segment_sum": "(Tensor g, Tensor? x_hat, Tensor offsets) -> Tensor",
+    "layer_norm_backward": "(Tensor g, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, Tensor offsets, bool bias)"
+    " -> (Tensor, Tensor)",
     "clipped_gemm": "(Tensor a, Tensor g, Tensor offsets, Tensor factors, Tensor(a!) out, bool accumulate=True) -> ()",
     "clipped_embedding": "(Tensor ids, Tensor g, Tensor offsets, Tensor factors, Tensor(a!) out, int? padding_idx=None)"
     " -> ()",
@@ -59,6 +61,7 @@ LAUNCHERS = {
     "tied_cross": ("fastclip.kernels.tied_cross", "tied_cross"),
     "affine_norm": ("fastclip.kernels.affine_norm", "affine_norm"),
     "segment_sum": ("fastclip.kernels.affine_norm", "segment_sum"),
+    "layer_norm_backward": ("fastclip.kernels.layer_norm", "layer_norm_backward"),
     "clipped_gemm": ("fastclip.kernels.clipped_gemm", "clipped_gemm"),
     "clipped_embedding": ("fastclip.kernels.clipped_embedding", "clipped_embedding"),
     "clipped_sum": ("fastclip.kernels.clipped_sum", "clipped_sum"),
@@ -93,6 +96,10 @@ def _register() -> None:
     def segment_sum_fake(g: Tensor, x_hat: Tensor | None, offsets: Tensor) -> Tensor:
         return g.new_empty(offsets.shape[0] - 1, g.shape[1], dtype=reference.accumulation_dtype(g.dtype))
 
+    def layer_norm_fake(g: Tensor, x: Tensor, mean: Any, rstd: Any, weight: Any, offsets: Tensor, bias: bool) -> Any:
+        dtype = reference.accumulation_dtype(x.dtype)
+        return torch.empty_like(x), x.new_empty(1 + bias, offsets.shape[0] - 1, x.shape[1], dtype=dtype)
+
     def cross_entropy_fake(logits: Tensor, labels: Tensor) -> Tensor:
         return logits.new_empty(2, logits.shape[0], dtype=reference.accumulation_dtype(logits.dtype))
 
@@ -112,6 +119,7 @@ def _register() -> None:
         special: dict[str, Callable[..., Any]] = {
             "segment_sum": segment_sum_fake,
             "linear_norms": linear_norms_fake,
+            "layer_norm_backward": layer_norm_fake,
             "cross_entropy": cross_entropy_fake,
             "head_losses": head_losses_fake,
             "head_gradient": head_gradient_fake,

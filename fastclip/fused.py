@@ -2,7 +2,7 @@
 
 Guarantee: what is released has the same bits as without (`NoiseSource.add_`, then the optimizer's own step), the optimizer's
 state stands where torch puts it, and an optimizer that does anything else than the plain update (AMSGrad, hooks, a step that
-somebody wrapped, parameters that are not contiguous fp32 on CPU) is left to its own step.
+somebody wrapped, parameters that are not contiguous fp32 on one device that has a kernel) is left to its own step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Update = Callable[[dict[str, Any], list[Tensor], list[Tensor], list[ops.Draw]], 
 
 def update_of(optimizer: Optimizer) -> Update | None:
     """The fused pass for this optimizer as it is now; None where it has to make its own step."""
-    if ops.backends()["cpp"]["state"] == "absent" or "step" in vars(optimizer):
+    if "step" in vars(optimizer):
         return None
     # One pre-hook is DPOptimizer's own, which guards the step that is left out here.
     if len(optimizer._optimizer_step_pre_hooks) > 1 or optimizer._optimizer_step_post_hooks:
@@ -30,11 +30,14 @@ def update_of(optimizer: Optimizer) -> Update | None:
     if type(optimizer) not in (Adam, AdamW, SGD):
         return None
     adam = type(optimizer) is not SGD
+    devices = {p.device for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if len(devices) != 1 or not _has_kernel(device := devices.pop()):
+        return None
     for group in optimizer.param_groups:
         if group["maximize"] or group["differentiable"] or (adam and not _plain_adamw(group)):
             return None
         for p in group["params"]:
-            if p.requires_grad and not all(_plain(x) for x in (p, *_state(optimizer, p).values())):
+            if p.requires_grad and not all(_plain(x, device) for x in (p, *_state(optimizer, p).values())):
                 return None
     return _adamw(optimizer) if adam else _sgd(optimizer)
 
@@ -44,10 +47,17 @@ def _plain_adamw(group: dict[str, Any]) -> bool:
     return decoupled and not group["amsgrad"] and not group["capturable"]
 
 
-def _plain(x: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        return not isinstance(x, Tensor) or x.device.type == "cpu"
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.layout == torch.strided and x.is_contiguous()
+def _has_kernel(device: torch.device) -> bool:
+    backends = ops.backends()
+    return {"cpu": backends["cpp"], "cuda": backends["triton"]}.get(device.type, {}).get("state") == "used"
+
+
+def _plain(x: Any, device: torch.device) -> bool:
+    if not isinstance(x, Tensor):
+        return True
+    if x.dim() == 0:
+        return x.device.type == "cpu"  # a number of steps, which the host reads
+    return x.dtype == torch.float32 and x.device == device and x.layout == torch.strided and x.is_contiguous()
 
 
 def _state(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fastclip.layers.bare import Targets
 from fastclip.layers.site import no_autocast
 from fastclip.layouts import Layouts
 from fastclip.precision import full_precision
-from fastclip.routing import ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route
+from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
 from fastclip.written import Written
@@ -237,7 +237,7 @@ class Clipper:
             written.watch_buffers()  # after the trial, which may have seen some written
         forward = Forward(self, units, laws)
         for route in layers:
-            route.prepare(laws.get(route.name))
+            route.prepare(laws.get(route.name + CALL if route.caught else route.name))
         self.tap = new_tap(forward)
         self._live.add(forward)
         self._last = forward

@@ -101,6 +101,27 @@ def segment_sum(g: Tensor, x_hat: Tensor | None, offsets: Tensor, *, backend: Ba
     return run("segment_sum", backend, g, x_hat, offsets)
 
 
+def layer_norm_backward(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    offsets: Tensor,
+    bias: bool,
+    *,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx ``[N, p]`` and gradients of gain and bias ``[1 or 2, U, p]``: :func:`fastclip.reference.layer_norm_backward`.
+
+    Raises as linear_norm, and ValueError where mean, rstd or weight do not fit.
+    """
+    check_rows(offsets, g=g, x=x, mean=mean, rstd=rstd)
+    if g.shape != x.shape or (weight is not None and weight.shape != x.shape[1:]):
+        raise ValueError(f"g must be x's {list(x.shape)} and weight {list(x.shape[1:])}, got {list(g.shape)}")
+    return run("layer_norm_backward", backend, g, x, mean, rstd, weight, offsets, bias)
+
+
 def clipped_gemm(
     a: Tensor,
     g: Tensor,

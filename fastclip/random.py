@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -101,6 +100,9 @@ class Key:
         if nonce >> 63:
             _philox_words(self._secret, nonce, block, out)
             return
+        # Not needed where compiled code makes the words, and not there on every machine with a GPU.
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
         # Some cipher libraries refuse to let their 32-bit counter wrap, others carry: no call goes across that.
         done = 0
         while done < count:

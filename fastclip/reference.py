@@ -228,6 +228,23 @@ def affine_norm(g: Tensor, x_hat: Tensor | None, offsets: Tensor) -> Tensor:
     return segment_sum(g, x_hat, offsets).double().square_().sum(1)
 
 
+def layer_norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, offsets: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx ``[N, p]`` in x's dtype, ``[1 or 2, U, p]``: per-unit gradients of the gain, and of the bias).
+
+    g, x: ``[N, p]``, mean, rstd: ``[N]``, weight: ``[p]``. mean None: RMSNorm's; weight None: all ones.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    rstd, x_hat = rstd.to(dtype)[:, None], x.to(dtype)
+    x_hat = (x_hat if mean is None else x_hat - mean.to(dtype)[:, None]) * rstd
+    v = g.to(dtype) if weight is None else g.to(dtype) * weight.to(dtype)
+    dx = v - x_hat * (v * x_hat).mean(1, keepdim=True)
+    dx = dx if mean is None else dx - v.mean(1, keepdim=True)
+    parts = [segment_sum(g, x_hat, offsets)] + ([segment_sum(g, None, offsets)] if bias else [])
+    return (dx * rstd).to(x.dtype), torch.stack(parts)
+
+
 def clipped_gemm(
     a: Tensor, g: Tensor, offsets: Tensor, factors: Tensor, out: Tensor, accumulate: bool = True
 ) -> Tensor:

@@ -86,8 +86,8 @@ def _blocks(p: int) -> tuple[dict[str, int], int]:
 
 def layer_norm_backward(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, offsets: Tensor, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx ``[N, p]`` in x's dtype, gain ``[U, p]``, bias ``[U, p]`` or None), sums in fp32, or fp64 for fp64.
+) -> tuple[Tensor, Tensor]:
+    """(dx ``[N, p]`` in x's dtype, sums ``[1 or 2, U, p]``: gain's, and bias'), sums in fp32, or fp64 for fp64.
 
     mean: None for RMSNorm. weight: None if it is all ones. bias: whether there is one. Raises ValueError on shapes that do
     not fit and on p beyond 8192, whose row does not fit a program's registers.
@@ -127,8 +127,7 @@ def layer_norm_backward(
             **blocks,
         )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = [unit_sums(part, offsets, _ROWS, dtype) for part in ((gain, shift) if bias else (gain,))]
-    return dx, sums[0], sums[1] if bias else None
+    return dx, torch.stack([unit_sums(part, offsets, _ROWS, dtype) for part in ((gain, shift) if bias else (gain,))])
 
 
 def signatures() -> list[Signature]:

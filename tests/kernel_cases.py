@@ -52,7 +52,12 @@ class Case:
 
     def exact(self, args: tuple[Any, ...]) -> Tensor:
         """fp64: what the op returns, or leaves in the argument that it writes."""
-        return plain(self.op)(*(_double(x) for x in args))
+        return joined(plain(self.op)(*(_double(x) for x in args)))
+
+
+def joined(result: Any) -> Any:
+    """An op's results as one tensor."""
+    return torch.cat([x.flatten().double() for x in result]) if isinstance(result, tuple) else result
 
 
 def _double(x: Any) -> Any:
@@ -144,7 +149,15 @@ def _cases() -> list[Case]:
         def gain(m: Maker, n: int = n, p: int = p, lengths: list[int] = lengths) -> tuple[Any, ...]:
             return m.rows(n, p), m.rows(n, p), m.offsets(lengths)
 
+        def norm(m: Maker, p: int = p, gain: Any = gain, rms: bool = "3" in name) -> tuple[Any, ...]:
+            g, x, offsets = gain(m)
+            wide = x.to(reference.accumulation_dtype(x.dtype))
+            mean = torch.zeros_like(wide[:, 0]) if rms else wide.mean(1)
+            rstd = (wide - mean[:, None]).square().mean(1).add(1e-5).rsqrt()
+            return g, x, None if rms else mean, rstd, None if rms else m.rows(1, p)[0].contiguous(), offsets, not rms
+
         found += [
+            _case("layer_norm_backward", name, norm, layout),
             _case("row_norm_products", name, rows, layout),
             _case("clipped_gemm", name, lambda m, sums=sums: (*sums(m), True), layout),
             _case("embedding_norm", name, lambda m, embedding=embedding: (*embedding(m), 2), layout),

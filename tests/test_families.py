@@ -15,7 +15,8 @@ from oracle import Batch, Gradients
 from torch import nn
 
 import fastclip
-from fastclip import tape
+from fastclip import ops, tape
+from fastclip.layers import normalization
 
 LEVELS = ("example", "user_sum", "user_mean")
 FREE = 1e6  # a C that clips nobody
@@ -93,6 +94,25 @@ def test_layers_of_one_input_share_its_products(case: Family, monkeypatch: pytes
     monkeypatch.setattr(tape.ops, "linear_norms", counting)
     loss_fn(model, batch).sum().backward()
     assert 3 in calls and sum(calls) >= len(calls) + 4
+
+
+@pytest.mark.parametrize("level", ["example", "user_mean"])
+@families("gpt2_padded", "gpt2_half_frozen", "bert_mlm", "vit", "gpt_neox")
+def test_layer_norms_by_one_kernel(case: Family, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with the op in plain torch."""
+    called = []
+    run = ops.layer_norm_backward
+    monkeypatch.setattr(normalization, "_is_fused", lambda x, shape: True)
+    monkeypatch.setattr(ops, "layer_norm_backward", lambda *args: called.append(1) or run(*args))
+    model, batch, loss_fn = case.build()
+    units = exact_units(case, level)
+    clipping_norm = oracle.pick_clipping_norm(oracle.norms(units))
+    clipper = fastclip.attach(model, max_grad_norm=clipping_norm)
+    users = None if level == "example" else case.users
+    backward(clipper, model, loss_fn, batch, users=users, reduction="mean")
+    oracle.assert_norms(clipper.unit_norms, oracle.norms(units))
+    oracle.assert_gradients(oracle.collect(model), oracle.clipped_sum(units, clipping_norm))
+    assert called
 
 
 @every_family

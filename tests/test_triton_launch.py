@@ -18,7 +18,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastclip.dispatch import LAUNCHERS
-from fastclip.kernels.layer_norm import layer_norm_backward
 from kernel_cases import cases_of, noise_calls
 
 
@@ -52,9 +51,6 @@ for op, (module, function) in LAUNCHERS.items():
     before = len(launched)
     getattr(importlib.import_module(module), function)(*calls[op])
     assert len(launched) > before, op
-rows, offsets = torch.ones(5, 16).bfloat16(), torch.tensor([0, 2, 5])
-layer_norm_backward(rows, rows, None, torch.ones(5), None, offsets, False)
-layer_norm_backward(rows, rows, torch.ones(5), torch.ones(5), rows[0], offsets, True)
 assert all(kernel.asm["cubin"] for kernel in launched)
 """
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from fastclip import ops
 from fastclip.layers.registry import register_layer
 from fastclip.layers.site import Site, wanted
 
@@ -42,6 +43,8 @@ class _LayerNorm(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dx = None
+        if _is_fused(x, ctx.shape) and ctx.needs_input_grad[0] and wanted(ctx, 1) and (bias is None or wanted(ctx, 2)):
+            return _fused(ctx.site, ctx.params, g, x, mean, rstd).to(ctx.input_dtype), None, None, None, None, None
         if ctx.needs_input_grad[0]:
             args = (g, x, ctx.shape, mean, rstd, weight, bias, [True, False, False])
             dx = torch.ops.aten.native_layer_norm_backward(*args)[0].to(ctx.input_dtype)
@@ -51,6 +54,28 @@ class _LayerNorm(Function):
         if bias is not None and wanted(ctx, 2):
             ctx.site.enter_sum(ctx.params[1], g)
         return dx, None, None, None, None, None
+
+
+def _is_fused(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Where one kernel reads x and g once for all gradients: rows that fit a program (kernels/layer_norm.py)."""
+    return x.is_cuda and torch.Size(shape).numel() <= 8192
+
+
+def _fused(
+    site: Site, params: tuple[Tensor, Tensor | None], g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """dx, like x; gains' and biases' gradients are entered."""
+    weight, bias = params
+    trailing = weight.dim()
+    (rows, segments), (grads, _) = site.by_unit(x, trailing), site.by_unit(g, trailing)
+    mean, rstd = (site.by_unit(y, trailing)[0][:, 0] for y in (mean, rstd))
+    dx, sums = ops.layer_norm_backward(
+        grads, rows, mean, rstd, weight.detach().reshape(-1), segments.offsets, bias is not None
+    )
+    site.enter_units(weight, sums[0])
+    if bias is not None:
+        site.enter_units(bias, sums[1])
+    return site.in_place(dx, segments, x)
 
 
 @register_layer(nn.LayerNorm, norm="sums of g and g * x_hat")

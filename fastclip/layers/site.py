@@ -107,6 +107,24 @@ class Site:
             grads = ops.segment_sum(g, x_hat, segments.offsets)
         self.recorder.record(param, PerUnit(grads.view(-1, *shape)), block)
 
+    def enter_units(self, param: Tensor, grads: Tensor) -> None:
+        """Enter a parameter's gradients a unit. grads: ``[U, ...]``, this call's own."""
+        self.recorder.record(param, PerUnit(grads.view(-1, *param.shape)), None)
+
+    def by_unit(self, x: Tensor, trailing: int) -> tuple[Tensor, Segments]:
+        """x ``[..., *trailing dims]`` as rows ``[N, numel]`` by unit, and where each unit's are."""
+        rows = self._rows(x, trailing)
+        segments = self.segments(rows.shape[0], rows.device)
+        return segments.gather(rows), segments
+
+    def in_place(self, rows: Tensor, segments: Segments, like: Tensor) -> Tensor:
+        """Rows of :meth:`by_unit` back where they were, in the shape of ``like``."""
+        if segments.order is not None:
+            rows = torch.empty_like(rows).index_copy_(0, segments.order, rows)
+        if not self.batch_dim:
+            return rows.view(like.shape)
+        return rows.view(like.movedim(self.batch_dim, 0).shape).movedim(0, self.batch_dim)
+
     def per_unit(self, param: Tensor) -> Tensor:
         """[rows, *shape]: one copy of the parameter a row, so that an owner's own code can use row i's copy for row i.
 
