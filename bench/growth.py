@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from step import machine
+
 RESULTS = Path(__file__).parent / "results" / "growth_cpu.json"
 BASE = {"length": 64, "batch": 8, "width": 128, "vocabulary": 2048, "layers": 2, "units": 8}
 # axis: what it is, its values, how a step's work is expected to grow with it
@@ -136,6 +138,7 @@ def main() -> None:
             "law_name": law_name,
             "law": [law(x) for x in values],
             "base": BASE,
+            "machine": machine() | {"threads": 1},
             **modes,
         }
         options.output.parent.mkdir(exist_ok=True)

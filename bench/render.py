@@ -100,9 +100,14 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
             axis = panels[line][column]
             for mode, style in (("plain", "s--"), ("fastclip", "o-")):
                 axis.loglog(result["values"], result[mode][key], style, label=mode, markersize=4)
-            first = result["fastclip"][key][0]
-            law = [first * x / result["law"][0] for x in result["law"]]
+            last = result["fastclip"][key][-1]
+            law = [last * x / result["law"][-1] for x in result["law"]]
             axis.loglog(result["values"], law, ":", color="0.5", label=result["law_name"])
+            axis.set_xticks(result["values"], [str(x) for x in result["values"]], fontsize=7)
+            axis.minorticks_off()
+            if result["law_name"] == "constant":
+                axis.set_yscale("linear")
+                axis.set_ylim(bottom=0)
             axis.set_xlabel(result["title"])
             axis.set_ylabel({"seconds": "seconds a step", "bytes": "bytes above the idle process"}[key])
             axis.legend(fontsize=7)
@@ -169,7 +174,7 @@ def main() -> None:
         growth_plot(growth, images / "bench-growth.png")
         lines += [
             "A small GPT-2 (2 layers, 128 wide, 2048 words) unless the axis says otherwise; 1 thread; dotted: the law that is "
-            "expected, through the first point.",
+            "expected, through the last point.",
             "",
             "![Growth of time and memory](images/bench-growth.png)",
             "",
