@@ -298,6 +298,56 @@ def test_detaching_gives_the_model_back():
         torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_attached_again_the_new_clipper_is_the_one_that_counts():
+    model = Small()
+    compiled = torch.compile(model, backend="aot_eager")
+    for c in (0.5, 0.25, 1e6):
+        clipper = fastclip.attach(model, max_grad_norm=c)
+        step(clipper, compiled, ids(4), c)
+        step(clipper, compiled, ids(5), c)
+        clipper.detach()
+        model.zero_grad()
+
+
+def test_writes_in_place_between_layers():
+    class Writes(Small):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            h = self.embed(ids)
+            h *= 2.0
+            out = self.head(self.norm(h))
+            out += 0.5
+            return (out.relu_() ** 2).sum((1, 2))
+
+    torch.manual_seed(0)
+    model = Writes()
+    units = []
+    for x in ids(4):
+        twin = Writes().double()
+        twin.load_state_dict(model.state_dict())
+        ((twin.head(twin.norm(2 * twin.embed(x[None]))) + 0.5).relu() ** 2).sum().backward()
+        units.append(oracle.collect(twin))
+    c = oracle.pick_clipping_norm(oracle.norms(units))
+    fastclip.attach(model, max_grad_norm=c)
+    with_poison(model)(ids(4)).sum().backward()
+    check(oracle.collect(model), oracle.clipped_sum(units, c))
+
+
+def test_a_layer_that_is_called_twice_and_dropout():
+    class Twice(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.drop = nn.Linear(6, 6), nn.Dropout(0.0)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            h = self.embed(ids)
+            for _ in range(3):
+                h = self.drop(torch.tanh(self.mix(self.norm(h))))
+            return (self.head(h) ** 2).sum((1, 2))
+
+    torch.manual_seed(0)
+    compiled_family(Family("twice", lambda: (Twice(), {"ids": ids(5)}, small_losses), frozenset()), "user", with_poison)
+
+
 def test_compiled_code_outside_its_forward_is_refused():
     model = Small()
     fastclip.attach(model, max_grad_norm=0.5)
