@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,3 +43,18 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def fixed_seed() -> Iterator[None]:
     torch.manual_seed(20260101)
     yield
+
+
+@pytest.fixture(autouse=True)
+def trainers_of_their_own() -> Iterator[None]:
+    """transformers 4 writes a Trainer's precision and compiler into the environment, for all that come later."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    after = {name for name in os.environ if name.startswith("ACCELERATE_")}
+    if {name: os.environ[name] for name in after} == before:
+        return
+    for name in after - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

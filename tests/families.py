@@ -184,9 +184,19 @@ def gpt2_head_frozen() -> Case:
     return model, batch, loss
 
 
+def checkpoint(model: nn.Module, reentrant: bool) -> None:
+    new = hasattr(model, "activation_checkpointing_enable")
+    if (
+        not new
+    ):  # transformers 4 has the older name alone, and leaves it to its user that there are gradients at the input
+        model.enable_input_require_grads()
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": reentrant}})
+
+
 def _checkpointed(kind: str, settings: dict[str, object], reentrant: bool) -> Case:
     model, batch, loss = causal(kind, settings, padded=True)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint(model, reentrant)
     return model, batch, loss
 
 
@@ -271,5 +281,5 @@ family("lora_llama", "tokens", "lora")(lambda: lora("llama", DECODER, ["q_proj",
 @family("lora_llama_checkpoint_reentrant", "tokens", "lora")
 def lora_llama_checkpoint_reentrant() -> Case:
     model, batch, loss = lora("llama", DECODER, ["q_proj", "v_proj"])
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint(model, reentrant=True)
     return model, batch, loss

@@ -1,5 +1,7 @@
 """What DPTrainer refuses, before anything is spent."""
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,6 +13,13 @@ from transformers import DataCollatorWithPadding, HfArgumentParser, TrainingArgu
 import fastclip
 from fastclip.huggingface import DPTrainer, PrivacyArguments, causal_lm_losses
 
+# transformers 4 has a switch for it.
+GROUPED: tuple[dict[str, object], str] = (
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy")
+    if any(field.name == "train_sampling_strategy" for field in dataclasses.fields(TrainingArguments))
+    else ({"group_by_length": True}, "group_by_length")
+)
+
 
 @pytest.mark.parametrize(
     ("settings", "named"),
@@ -18,7 +27,7 @@ from fastclip.huggingface import DPTrainer, PrivacyArguments, causal_lm_losses
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"max_grad_norm": 0.5}, "max_grad_norm"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        GROUPED,
         ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
         ({"optim": "lomo"}, "steps inside backward"),

@@ -322,6 +322,36 @@ def test_the_card_states_the_guarantee_and_no_training_result(tmp_path):
     assert "| epsilon | void" in (tmp_path / "seeded" / "run" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("more", "public"),
+    [
+        ({}, "the number of examples"),
+        ({"user_column": "who"}, "the number of users"),
+        (
+            {"user_column": "who", "examples_per_user": 2},
+            "the number of users and that of the examples that are drawn from",
+        ),
+    ],
+    ids=["examples", "users", "capped"],
+)
+@pytest.mark.parametrize(
+    "counted", [{"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0.5}], ids=["steps", "epochs"]
+)
+def test_the_card_says_which_numbers_are_taken_as_public(tmp_path, more, public, counted):
+    """The rate is computed from them, also where the number of steps is given."""
+    data = [example | {"who": user} for example, user in zip(texts(), USERS, strict=True)]
+    if not more:
+        data = texts()
+    trainer, _ = make(tmp_path, sigma(1.0, **more), data=data, **counted)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    computed = "sample_rate" if counted["max_steps"] > 0 else "sample_rate, steps"
+    assert f"| taken as public | {public} |" in card and "| adjacency | zero-out |" in card
+    assert f"Computed from {public}" in card and f": {computed}. " in card and "therefore treated as public" in card
+    assert f"while the number of {trainer.privacy_args.unit}s is public" in card
+
+
 def test_the_best_checkpoint_by_held_out_data_comes_back(tmp_path):
     settings = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     settings |= {"load_best_model_at_end": True, "learning_rate": 1.0, "dataloader_num_workers": 1}

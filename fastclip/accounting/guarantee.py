@@ -176,8 +176,13 @@ def guarantee_of(
             "and with zero-out adjacency."
         )
     if from_size:
+        numbers, they_are = f"the number of {unit}s", "That number is"
+        if examples_per_user is not None:
+            # Examples are what is drawn: the rate says how many of them all users together have, up to each user's cap.
+            numbers += f" and that of the examples that are drawn from, at most {examples_per_user} per {unit}"
+            they_are = "Both numbers are"
         found.append(
-            f"Computed from the number of {unit}s: {', '.join(from_size)}. That number is therefore treated as public; "
+            f"Computed from {numbers}: {', '.join(from_size)}. {they_are} therefore treated as public; "
             "declare constants instead for add/remove adjacency."
         )
     if num_units is not None and delta >= 1 / num_units:

@@ -66,11 +66,16 @@ def _terms(guarantee: Guarantee, privacy: PrivacyArguments) -> dict[str, Any]:
     unit = f"one {guarantee.unit}" if guarantee.unit == "example" else f"one {guarantee.unit}, with all its examples"
     if guarantee.examples_per_user is not None:
         unit += f" (at most {guarantee.examples_per_user} are used)"
+    public = f"the number of {guarantee.unit}s"
+    if guarantee.examples_per_user is not None:
+        public += " and that of the examples that are drawn from"
     terms = {
         "unit of privacy": unit,
         "epsilon": "void: a seed is known" if void else rounded_up(guarantee.epsilon),
         "delta": f"{guarantee.delta:g}",
         "adjacency": guarantee.adjacency,
+        # The rate is the batch size over it, whatever max_steps is.
+        "taken as public": public,
         "accountant": f"{guarantee.accountant} ({guarantee.accountant_version})",
         "noise multiplier sigma": guarantee.noise_multiplier,
         "sampling": f"{guarantee.sampler}, rate q = {guarantee.sample_rate}",

@@ -1,6 +1,6 @@
 """Layer families: what each keeps, its norm, its clipped gradient. Importing this package registers all of them."""
 
-from fastclip.layers import attention, convolution, embedding, linear, normalization, recurrent
+from fastclip.layers import attention, convolution, dora, embedding, linear, normalization, recurrent
 from fastclip.layers.registry import Rule, find_rule, register_layer, supported_layers
 from fastclip.layers.site import Site
 
@@ -9,6 +9,7 @@ __all__ = [
     "Site",
     "attention",
     "convolution",
+    "dora",
     "embedding",
     "find_rule",
     "linear",

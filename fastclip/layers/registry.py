@@ -56,12 +56,14 @@ def find_rule(module: nn.Module) -> Rule | None:
     for cls in type(module).__mro__:
         rule = _RULES.get(cls) or _RULES.get(_qualified_name(cls))
         if rule is not None:
-            return rule if _plain_attributes(module) and _computes_as(module, cls) else None
+            return rule if _plain_attributes(module, cls) and _computes_as(module, cls) else None
     return None
 
 
-def _plain_attributes(module: nn.Module) -> bool:
-    names = [name for name in ("weight", "bias") if name not in module._parameters]
+def _plain_attributes(module: nn.Module, cls: type) -> bool:
+    # A registered class may show its inner layer's weight as its own; its rule was written for that.
+    shown = [name for name in ("weight", "bias") if isinstance(getattr(cls, name, None), property)]
+    names = [name for name in ("weight", "bias") if name not in module._parameters and name not in shown]
     return not any(isinstance(getattr(module, name, None), Tensor) for name in names)
 
 
