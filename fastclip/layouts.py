@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastclip import batch, validation
 from fastclip.heap import give_back
+from fastclip.layers.site import no_autocast
 from fastclip.layout import Law, call_key, flatten_call
 from fastclip.routing import CALL, LayerRoute
 from fastclip.trial import Probe, trial
 from fastclip.units import PrivacyUnits
 
 Laws = Mapping[str, Law]
+
+
+@contextmanager
+def _precise(leaves: Sequence[Any]) -> Iterator[None]:
+    """Without autocast, unless an input may need it because it is narrower than the parameters.
+
+    Autocast rounds so coarsely that another kernel (attention leaves out a mask that hides nothing) looks like the influence
+    of another example.
+    """
+    narrow = any(isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) for x in leaves)
+    with nullcontext() if narrow else no_autocast("cpu"), nullcontext() if narrow else no_autocast("cuda"):
+        yield
 
 
 class Layouts:
@@ -71,7 +85,8 @@ class Layouts:
         if key in self._known or not anything:
             return units, self._known.get(key, {})
         probe = Probe(self._model, original, names, leaves, spec, flags, self.batch_dim)
-        self._try(probe, units if packed else None, layers)
+        with _precise(leaves):
+            self._try(probe, units if packed else None, layers)
         if (
             probe.changed or not self._strict
         ):  # examples that are all the same prove nothing: the next batch tries again

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastclip
 
@@ -55,3 +56,35 @@ def test_a_layer_that_answers_for_some_numbers_of_examples_alone_is_refused():
     fastclip.attach(model, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"extra.*how often"):
         model(torch.randn(5, 3))
+
+
+def test_a_mask_that_hides_nothing_under_autocast():
+    """Attention takes another kernel for a mask that hides nothing, and its bf16 differs by more than the trial's tolerance."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        vocab_size=46,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config).train()
+    fastclip.attach(model, max_grad_norm=1.0)
+    ids = torch.randint(1, 46, (6, 32), generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert logits.dtype == torch.bfloat16  # the forward itself runs under autocast, the trial alone does not
+    logits.float().square().sum().backward()
+
+
+def test_narrow_inputs_are_tried_under_their_autocast():
+    """Without it fp32 layers could not take them."""
+    model = nn.Linear(4, 3)
+    fastclip.attach(model, max_grad_norm=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(5, 4).bfloat16()).float().square().sum().backward()
+    assert model.weight.grad.isfinite().all()
