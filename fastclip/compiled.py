@@ -11,6 +11,7 @@ What an operator is given lives in buffers that the compiled code writes again, 
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -53,6 +54,30 @@ def new_tap(forward: Forward) -> Tensor:
     tap = torch.zeros(1 if packed else forward.examples, requires_grad=True)
     tap.forward = forward  # type: ignore[attr-defined]
     return tap
+
+
+class Eagerly:
+    """While it lasts in any thread, nothing that somebody compiled runs compiled. torch's own switch is one for all threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._open = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._open += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._stance.__exit__(None, None, None)
+
+
+eagerly = Eagerly()
 
 
 def is_operator(route: LayerRoute, law: Law | None) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastclip import batch, validation
+from fastclip.compiled import eagerly
 from fastclip.heap import give_back
 from fastclip.layers.site import no_autocast
 from fastclip.layout import Law, call_key, flatten_call
@@ -100,7 +101,7 @@ class Layouts:
         self.probe = probe
         try:
             # What somebody compiled would not tell the trial what its layers get.
-            with torch.compiler.set_stance("force_eager"), trial(self._model, probe):
+            with eagerly, trial(self._model, probe):
                 if packed is not None:
                     probe.check_packed(packed, targets, self._strict)
                     return

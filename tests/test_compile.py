@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fastclip
+from fastclip.compiled import eagerly
 from fastclip.huggingface import causal_lm_losses
 
 # torch's own: what a compiler warns of while it imports, traces and compiles.
@@ -378,6 +379,28 @@ def test_another_threads_forward_is_not_taken():
     clipper.begin_forward = begin_and_be_overtaken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="two threads"):
         compiled(ids(4))
+
+
+def test_trials_of_two_threads_leave_the_compiler_on():
+    """The first to begin is the first to end: what stood before the second is not what to go back to."""
+    begun, both, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with eagerly:
+            begun.set()
+            both.wait(60)
+        ended.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait(60)
+    with eagerly:
+        both.set()
+        ended.wait(60)
+    thread.join()
+    compiled = torch.compile(Small(), backend="aot_eager")
+    compiled(ids(4))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_training_is_the_same():
