@@ -160,6 +160,12 @@ def _tf32(bench: Bench) -> dict[str, Any]:
                 _triton("linear_norms")(a, [ones], offsets, route)[0, 0] * (exact / square)
             ),
         )
+    # The logits are their log-sum-exp if they are exact, and 2^-12 of 32 below it in tf32.
+    labels, lse = torch.zeros(64, dtype=torch.int64, device=bench.device), torch.full_like(a[:, 0], exact / 2)
+    attempt(
+        "head_gradient",
+        lambda: _triton("head_gradient")(a, ones[:16, :32].contiguous(), None, labels, lse, lse * 2, 16, 0.0),
+    )
     for name, x in found.items():
         # tf32 is off by 2^-12.
         if not bool(((x.double() - exact).abs() <= 2.0**-16 * exact).all()):

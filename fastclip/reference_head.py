@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.precision import full_precision
 from fastclip.reference import accumulation_dtype
 
 CHUNK = 8192  # words at a time
@@ -49,7 +50,7 @@ def head_gradient(
     """
     logits = _capped(_raw(h, weight, bias), softcap)
     slope = 1 - (logits / softcap).square_() if softcap else None
-    g, local = g.to(logits.dtype), labels.long() - start
+    g, lse, local = g.to(logits.dtype), lse.to(logits.dtype), labels.long() - start
     rows = ((local >= 0) & (local < logits.shape[1])).nonzero().squeeze(1)
     at_label = (logits[rows, local[rows]] - lse[rows]).expm1() * g[rows]  # softmax - 1 cancels otherwise
     z = logits.sub_(lse[:, None]).exp_().mul_(g[:, None])
@@ -61,8 +62,10 @@ def head_gradient(
 
 
 def _raw(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A tensor of its own."""
-    return F.linear(h, weight, bias).to(accumulation_dtype(h.dtype))
+    """In fp32 (fp64 for fp64), whatever autocast and torch's switches say: losses and gradients have to mean one logit."""
+    dtype = accumulation_dtype(h.dtype)
+    with full_precision(), torch.autocast(h.device.type, enabled=False):
+        return F.linear(h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

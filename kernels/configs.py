@@ -111,7 +111,7 @@ HEAD = {
     "fp32": Config({"BLOCK_R": 64, "BLOCK_V": 64, "BLOCK_K": 16}, 8, 2),
     "fp64": Config({"BLOCK_R": 32, "BLOCK_V": 32, "BLOCK_K": 16}, 4, 2),
 }
-HEAD_SPAN = 4096  # words a program
+HEAD_SPAN = 2048  # words a program: few enough that some hundred rows occupy a GPU
 
 
 def dtype_class(*tensors: Tensor) -> str:

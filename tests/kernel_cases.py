@@ -30,6 +30,7 @@ LENGTHS = {
 HEADS = [
     ("one row", 1, 1, 1, "dense", 0.0),
     ("ragged", 7, 130, 17, "dense", 3.0),
+    ("64 rows", 64, 64, 16, "dense", 0.0),
     ("65 rows", 65, 63, 64, "dense", 0.0),
     ("130 rows", 130, 77, 33, "dense", 2.0),
     ("several spans", 3, 8195, 5, "dense", 0.0),

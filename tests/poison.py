@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import get_donated_idxs
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
@@ -50,12 +51,12 @@ def poisoning(parameters: Sequence[torch.Tensor], counts: list[int]) -> Callable
         return module
 
     def backward(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        donated = get_donated_idxs() or []
+
         def run(*args: Any) -> Any:
-            # The gradients that autograd hands in are its own, and others may hold them.
-            names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
-            given = [x for name, x in zip(names, args, strict=True) if name.startswith("tangents")]
-            taps = [x for x in args if isinstance(x, torch.Tensor) and hasattr(x, "forward")]
-            interpreter = Poisoning(module, owned | {_storage(x) for x in given + taps if isinstance(x, torch.Tensor)})
+            # Of what is handed in, only what nobody else holds: as Inductor, which writes there too.
+            given = [x for i, x in enumerate(args) if i not in donated]
+            interpreter = Poisoning(module, owned | {_storage(x) for x in given if isinstance(x, torch.Tensor)})
             with torch.no_grad():
                 out = interpreter.run(*args)
             counts.append(interpreter.poisoned)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from kernel_cases import cases_of
 
-from fastclip import reference
+from fastclip import dispatch, reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("transformers", reason="the steps are of transformers' models")
@@ -134,14 +134,17 @@ def test_tf32_and_wrong_noise_are_found(monkeypatch):
     right, bench = module("gpu_correctness"), module("gpu_bench").Bench(dry=True)
 
     def rounded(op):
-        def launch(a, g, offsets, *rest):
+        def launch(a, *rest):
             a = a.view(torch.int32).bitwise_and(-(2**13)).view(torch.float32)  # to tf32
-            return getattr(reference, op)(a, g, offsets, *rest)
+            return dispatch.plain(op)(a, *rest)
 
         return launch
 
     monkeypatch.setattr(right, "_triton", rounded)
-    assert len(right.measure(bench, right.TF32)["failures"]) == 3
+    whys = [failure["why"] for failure in right.measure(bench, right.TF32)["failures"]]
+    assert len(whys) == 4 and all(why.endswith("tf32") for why in whys)
+    monkeypatch.setattr(right, "_triton", dispatch.plain)
+    assert right.measure(bench, right.TF32)["failures"] == []
     stream = right._PLAIN_NOISE["add_noise"]
     assert right.measure(bench, "add_noise", stream)["failures"] == []
     assert right.measure(bench, "add_noise", lambda x, out, std, *rest: stream(x, out, 1.01 * std, *rest))["failures"]

@@ -1,5 +1,8 @@
 """The head's kernels, in Triton's interpreter or on a GPU, beside plain torch in fp64; margins as in test_triton_rows.py."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,11 +13,13 @@ from fastclip import ops_head, reference_head
 from fastclip.dispatch import plain
 
 pytest.importorskip("triton", reason="triton is not installed")
+from fastclip.kernels.configs import HEAD_SPAN
 from fastclip.kernels.interpreter import accept_loop_bounds
 from fastclip.kernels.linear_cross_entropy import head_gradient, head_losses
 
 accept_loop_bounds()
 
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter runs only where no GPU is")
 LAUNCHERS = {"head_losses": head_losses, "head_gradient": head_gradient}
 
 
@@ -51,23 +56,89 @@ def test_case(guard, case):
             assert error <= 2 * torchs + 1e-6 * exact.abs().max()
 
 
-def test_losses_and_gradients_are_torchs(guard):
-    """All words in pieces, beside autograd in fp64."""
-    torch.manual_seed(0)
-    h, weight, bias = torch.randn(11, 19), torch.randn(67, 19), torch.randn(67)
-    labels, g = torch.randint(67, (11,)), torch.rand(11)
-    raw = F.linear(h.double(), weight.double(), bias.double()).requires_grad_()
-    exact = F.cross_entropy(30 * torch.tanh(raw / 30), labels, reduction="none")
-    (exact * g.double()).sum().backward()
-    for module in (ops_head, None):
-        losses, gradient = (module.head_losses, module.head_gradient) if module else (head_losses, head_gradient)
-        losses, lse = losses(guard(h), guard(weight), guard(bias), guard(labels), 30.0)
-        torch.testing.assert_close(losses.cpu().double(), exact.detach(), rtol=2e-6, atol=2e-6)
-        parts = [
-            gradient(guard(h), guard(weight[i:j]), guard(bias[i:j]), guard(labels), lse, guard(g), i, 30.0)
-            for i, j in ((0, 1), (1, 40), (40, 67))
-        ]
-        torch.testing.assert_close(torch.cat(parts, 1).cpu().double(), raw.grad, rtol=1e-5, atol=2e-6)
+def row_by_row(h, weight, bias, labels, g, softcap):
+    """(losses, log-sum-exps, gradients in the raw logits) in fp64, by autograd of torch's own loss of one row at a time."""
+    losses, lses, gradients = [], [], []
+    for row, label, scale in zip(h.double(), labels, g.double(), strict=True):
+        raw = (weight.double() @ row + (0 if bias is None else bias.double())).requires_grad_()
+        logits = softcap * torch.tanh(raw / softcap) if softcap else raw
+        loss = F.cross_entropy(logits[None], label[None])
+        gradients += torch.autograd.grad(loss * scale, raw)
+        losses.append(loss.detach())
+        lses.append(logits.detach().logsumexp(0))
+    return torch.stack(losses), torch.stack(lses), torch.stack(gradients)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 64, 65, 130])
+def test_every_row_is_its_own(guard, rows, with_bias, softcap):
+    """All words in pieces; labels on both sides of each cut."""
+    words, d, cuts = 77, 33, (0, 1, 40, 77)
+    h, weight, bias = torch.randn(rows, d), torch.randn(words, d), torch.randn(words) if with_bias else None
+    labels, g = torch.randint(words, (rows,)), torch.rand(rows)
+    edges = torch.tensor([0, 76, 39, 40, 1])[:rows]
+    labels[: len(edges)] = edges
+    losses, lse, z = row_by_row(h, weight, bias, labels, g, softcap)
+    for of_losses, of_gradient in ((head_losses, head_gradient), (ops_head.head_losses, ops_head.head_gradient)):
+        found = of_losses(guard(h), guard(weight), bias if bias is None else guard(bias), guard(labels), softcap)
+        torch.testing.assert_close(found.cpu().double(), torch.stack([losses, lse]), rtol=2e-6, atol=4e-6)
+        parts = []
+        for i, j in itertools.pairwise(cuts):
+            own = None if bias is None else guard(bias[i:j])
+            given = guard(h), guard(weight[i:j]), own, guard(labels), guard(found[1].cpu()), guard(g), i, softcap
+            parts.append(of_gradient(*given))
+            assert torch.equal(parts[-1], of_gradient(*given))
+        torch.testing.assert_close(torch.cat(parts, 1).cpu().double(), z, rtol=2e-5, atol=4e-6)
+
+
+def test_a_rows_bits_do_not_depend_on_the_others(guard):
+    h, weight, labels, g = torch.randn(70, 9), torch.randn(77, 9), torch.randint(77, (70,)), torch.rand(70)
+    whole = head_losses(guard(h), guard(weight), None, guard(labels), 0.0)
+    z = head_gradient(guard(h), guard(weight), None, guard(labels), whole[1], guard(g), 0, 0.0)
+    for some in (1, 65):
+        few = [guard(x[:some]) for x in (h, labels)]
+        assert torch.equal(head_losses(few[0], guard(weight), None, few[1], 0.0), whole[:, :some])
+        own = head_gradient(few[0], guard(weight), None, few[1], whole[1, :some].clone(), guard(g[:some]), 0, 0.0)
+        assert torch.equal(own, z[:some])
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")  # numpy's, in the interpreter
+def test_words_that_a_bias_forbids(guard):
+    """-inf in a whole block, a whole span, everywhere; and what torch makes of +inf."""
+    words = HEAD_SPAN + 70
+    h, weight, labels = torch.randn(5, 3), torch.randn(words, 3), torch.tensor([HEAD_SPAN, 3, words - 1, 0, 7])
+    for forbidden in (slice(0, 64), slice(0, HEAD_SPAN), slice(HEAD_SPAN, None), slice(None)):
+        bias = torch.zeros(words)
+        bias[forbidden] = -torch.inf
+        losses, lse = head_losses(guard(h), guard(weight), guard(bias), guard(labels), 0.0).cpu()
+        wanted = reference_head.head_losses(h, weight, bias, labels, 0.0)
+        torch.testing.assert_close(torch.stack([losses, lse]), wanted, rtol=2e-6, atol=4e-6, equal_nan=True)
+        z = head_gradient(guard(h), guard(weight), guard(bias), guard(labels), guard(lse), guard(torch.ones(5)), 0, 0.0)
+        exact = reference_head.head_gradient(h, weight, bias, labels, wanted[1], torch.ones(5), 0, 0.0)
+        torch.testing.assert_close(z.cpu(), exact, rtol=2e-5, atol=4e-6, equal_nan=True)
+    bias = torch.zeros(words)
+    bias[2], bias[5] = torch.inf, torch.inf
+    losses, lse = head_losses(guard(h), guard(weight), guard(bias), guard(labels), 0.0)
+    assert bool((lse == torch.inf).all()) and bool((losses == torch.inf).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_plain_torch_rounds_no_logits_under_autocast(dtype):
+    """Forwards run under it and backwards do not: gradients would be beside another log-sum-exp."""
+    h, weight, labels = torch.randn(20, 64).to(dtype), torch.randn(30, 64).to(dtype), torch.randint(30, (20,))
+    exact = reference_head.head_losses(h.double(), weight.double(), None, labels, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reference_head.head_losses(h, weight, None, labels, 0.0)
+        z = reference_head.head_gradient(h, weight, None, labels, exact[1], torch.ones(20), 0, 0.0)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=4e-6)
+    assert torch.equal(z, reference_head.head_gradient(h, weight, None, labels, exact[1], torch.ones(20), 0, 0.0))
+
+
+def test_a_loss_that_is_small_beside_its_logits(guard):
+    h, weight, labels = torch.ones(1, 1), torch.tensor([[300.0], [290.0]]), torch.tensor([0])
+    loss = head_losses(guard(h), guard(weight), None, guard(labels), 0.0)[0].item()
+    assert loss == pytest.approx(math.log1p(math.exp(-10)), abs=2e-7)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
@@ -98,9 +169,18 @@ def test_large_logits_and_a_softmax_of_one(guard):
     losses, lse = head_losses(guard(h), guard(weight), None, guard(labels), 0.0)
     assert losses[:2].tolist() == [0, 0]
     z = head_gradient(guard(h), guard(weight), None, guard(labels), lse, guard(torch.ones(3)), 0, 0.0)
-    # softmax - 1 of the label is the others' sum, also where softmax rounds to 1.
+    # softmax - 1 of the label is the others' sum.
     torch.testing.assert_close(z[2, 0], -(z[2, 1] + z[2, 2]), rtol=1e-2, atol=1e-9)
     assert not z[:2].any()
+
+
+def test_the_gradient_of_a_label_that_is_almost_certain(guard):
+    """softmax - 1 where softmax is 1 in fp32."""
+    zero, lse = torch.zeros(1, 1), torch.tensor([3.3e-8])
+    z = head_gradient(
+        guard(zero), guard(zero), None, guard(torch.tensor([0])), guard(lse), guard(torch.ones(1)), 0, 0.0
+    )
+    assert z.item() == pytest.approx(math.expm1(-lse.item()), rel=1e-6)
 
 
 def test_a_label_outside_the_words_gets_no_finite_loss(guard):
@@ -109,6 +189,51 @@ def test_a_label_outside_the_words_gets_no_finite_loss(guard):
         device = DEVICE if losses is head_losses else "cpu"
         found = losses(h.to(device), weight.to(device), None, labels.to(device), 0.0)[0]
         assert found.isfinite().tolist() == [False, False, True]
+
+
+@interpreted
+def test_addresses_beyond_2_to_the_31(tmp_path):
+    memory = torch.from_file(str(tmp_path / "hole"), shared=True, size=2**32, dtype=torch.float32)  # 16 GiB, sparse
+    far = memory.as_strided((3, 2), (2**30 + 1, 1))  # the last row is beyond 2^31 elements
+    rows, labels, ones = torch.randn(3, 2), torch.tensor([2, 0, 1]), torch.ones(3)
+    far.copy_(rows)
+    losses, lse = head_losses(far, far, None, labels, 0.0)
+    assert torch.equal(losses, head_losses(rows, rows, None, labels, 0.0)[0])
+    near = head_gradient(rows, rows, None, labels, lse, ones, 0, 0.0)
+    assert torch.equal(head_gradient(far, far, None, labels, lse, ones, 0, 0.0), near)
+
+
+@interpreted
+def test_bf16_is_refused_in_the_interpreter():
+    x, labels, ones = torch.ones(2, 3).bfloat16(), torch.zeros(2).long(), torch.ones(2)
+    for call in (
+        lambda: head_losses(x, x, None, labels, 0.0),
+        lambda: head_gradient(x, x, None, labels, ones, ones, 0, 0.0),
+    ):
+        with pytest.raises(ValueError, match="bf16 cannot run"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(9, 4)}, "h must be"),
+        ({"bias": torch.ones(8)}, "bias must be"),
+        ({"labels": torch.zeros(4).long()}, "labels"),
+        ({"labels": torch.zeros(3)}, "labels integers"),
+        ({"h": torch.ones(3, 5).double()}, "one dtype"),
+    ],
+)
+def test_launchers_read_beyond_no_end(changes, message):
+    good = {"h": torch.ones(3, 5), "weight": torch.ones(9, 5), "bias": None, "labels": torch.zeros(3).long()} | changes
+    with pytest.raises(ValueError, match=message):
+        head_losses(*good.values(), 0.0)
+    with pytest.raises(ValueError, match=message):
+        head_gradient(*good.values(), torch.ones(3), torch.ones(3), 0, 0.0)
+    with pytest.raises(ValueError, match="lse and g"):
+        head_gradient(
+            torch.ones(3, 5), torch.ones(9, 5), None, torch.zeros(3).long(), torch.ones(3), torch.ones(2), 0, 0.0
+        )
 
 
 @pytest.mark.parametrize(
