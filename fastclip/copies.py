@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastclip.layers.bare import Targets, as_copies, params_of, shadowed
@@ -48,8 +49,44 @@ def no_batch_dim(names: set[str]) -> str:
     )
 
 
+class _Watched(dict[str, nn.Parameter | None]):
+    """A module's parameters, with a note of whether anybody asked for one."""
+
+    read = False
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        self.read = True
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        self.read = True
+        return super().items()
+
+
+@contextmanager
+def _watching(targets: Targets) -> Iterator[list[_Watched]]:
+    plain = {holder: holder._parameters for holder, _ in targets}
+    watched = {holder: _Watched(own) for holder, own in plain.items()}
+    for holder, own in watched.items():
+        holder.__dict__["_parameters"] = own
+    try:
+        yield list(watched.values())
+    finally:
+        for holder in plain:
+            holder.__dict__["_parameters"] = plain[holder]
+
+
+def _idle(targets: Targets, forward: Run, args: Any) -> bool:
+    """Whether the module's code asks for none of its parameters. One that it has from elsewhere meets the guard."""
+    with _watching(targets) as watched:
+        forward(*args[0], **args[1])
+    return not any(own.read for own in watched)
+
+
 def choose(name: str, law: Law, targets: Targets, forward: Run, args: Any) -> Law:
-    """The law with the rank that the module's copies meet, or with None: row by row."""
+    """The law with the rank that the module's copies meet, or with None: row by row. Or idle."""
+    if _idle(targets, forward, args):
+        return replace(law, idle=True)
     leaves = tree_leaves(args)
     batch = next((x for x, b in zip(leaves, law.batched, strict=True) if b), None)
     params = [p.detach() for p in params_of(targets)]

@@ -18,6 +18,7 @@ class Law:
     dim: the batch dimension of its first tensor; None if nothing grows, as for position ids. whole: that dimension is B
     itself, not a multiple. batched: for each leaf of the call, whether its dim 0 counts examples. sizes: of the tensor that
     was looked at. rank: for a module of bare parameters, the number of dimensions that its copies meet; None: row by row.
+    idle: such a module's own code did not touch them (a head that shows its inner layer's bias as its own).
     """
 
     dim: int | None
@@ -25,6 +26,7 @@ class Law:
     batched: tuple[bool, ...]
     sizes: tuple[int, ...] = ()
     rank: int | None = None
+    idle: bool = False
 
     def fits(self, x: Tensor) -> bool:
         """Whether an input looks like the one that the law was found on."""

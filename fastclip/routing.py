@@ -7,7 +7,7 @@ deep-copied module finds its own class's forward again and is plain.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastclip.backward import in_backward
 from fastclip.batch import batch_dim_of
-from fastclip.compiled import is_operator, new_key, traced
+from fastclip.compiled import Call, is_operator, new_key, traced
 from fastclip.layers.bare import Targets, params_of, run_copies, run_loop
 from fastclip.layers.calls import Catch, caught_by_function, run_caught
 from fastclip.layers.registry import Rule
@@ -119,13 +119,15 @@ class LayerRoute(Route):
         self.bypass = False  # somebody above takes care of its parameters
         # What compiled code is made for, and has to be made again when it changes; of the forward that begins.
         self.key = new_key(self)
-        self.follows = self.operator = self.spread = False
+        self.calls: list[Call] = []
+        self.follows = self.operator = self.spread = self.time_major = False
 
     def prepare(self, law: Law | None) -> None:
         """What a compiler finds when it traces a forward in which the layer has this law."""
-        self.follows = not self.bypass and self.trainable()
+        self.follows = not self.bypass and self.trainable() and not (law is not None and law.idle)
         self.operator = self.follows and is_operator(self, law)
         self.spread = law is not None and law.dim is None
+        self.time_major = law is not None and law.dim == 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -184,12 +186,13 @@ class LayerRoute(Route):
             return self.original(*args, **kwargs)
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (law := forward.laws.get(self.name)) is not None and law.idle:
+            return self.original(*args, **kwargs)
         if self.caught:
             with Catch(self.module.weight, partial(self._run_caught, forward)):  # type: ignore[arg-type]
                 return self.original(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
-        rows_of = getattr(self.rule, "rows_of", None)
-        first = primary(leaves) if rows_of is None else rows_of(*args, **kwargs)
+        first = self._speaking(leaves, args, kwargs)
         packed = forward.units.num_rows
         if packed is not None:
             return self._run_packed(forward, first, packed, args, kwargs)
@@ -200,6 +203,18 @@ class LayerRoute(Route):
         site, spread = self._place(self.name, forward, first)
         args, kwargs = _replace(first, spread, args, kwargs)
         return self.rule(site, self.module, *args, **kwargs)
+
+    def _speaking(self, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The argument whose batch dimension counts the examples."""
+        rows_of = getattr(self.rule, "rows_of", None)
+        return primary(leaves) if rows_of is None else rows_of(*args, **kwargs)
+
+    def spread_out(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], examples: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call with one input for all examples, with one for each."""
+        first = self._speaking(tree_leaves((args, kwargs)), args, kwargs)
+        return (args, kwargs) if first is None else _replace(first, _spread(first, examples), args, kwargs)
 
     def _run_caught(self, forward: Forward, func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
         rows = forward.units.num_rows
@@ -217,8 +232,7 @@ class LayerRoute(Route):
         examples = forward.examples
         law = self._law(name, forward, x)
         if law.dim is None:  # position ids and the like: one input for all examples
-            x = x if x.shape[0] == 1 else x[None]
-            return Site(forward, self.name, examples), x.expand(examples, *x.shape[1:])
+            return Site(forward, self.name, examples), _spread(x, examples)
         rows = x.shape[law.dim] if law.dim < x.dim() else -1
         if (rows != examples) if law.whole else (rows < 0 or (examples == 0) != (rows == 0) or rows % max(examples, 1)):
             raise ValueError(
@@ -316,6 +330,12 @@ class MethodRoute(Route):
 
 def _first(input: Any) -> Any:
     return input
+
+
+def _spread(x: Tensor, examples: int) -> Tensor:
+    """x ``[1, ...]`` or ``[...]`` as ``[B, ...]``."""
+    x = x if x.shape[0] == 1 else x[None]
+    return x.expand(examples, *x.shape[1:])
 
 
 def _replace(old: Tensor, new: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -379,7 +379,7 @@ class Probe:
                 leaves, spec = tree_flatten(args)
                 flat = [packed_rows(x, rows) if b else x for x, b in zip(leaves, self.laws[name].batched, strict=True)]
                 law = choose(name, self.laws[name], bare[name], forward, tree_unflatten(flat, spec))
-                if law.rank is None:
+                if law.rank is None and not law.idle:
                     raise ValueError(f"{name or 'the model'}: its own parameters cannot be followed in a packed batch")
                 self.laws[name] = law
             return forward(*args[0], **args[1])

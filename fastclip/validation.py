@@ -104,7 +104,9 @@ def check_parameters(trainable: Mapping[nn.Parameter, str], guarded: Container[n
 
 def warn_of_loops(laws: Mapping[str, Law], bare: Mapping[str, nn.Module]) -> None:
     """Say once which modules run example by example."""
-    slow = sorted({type(bare[name]).__name__ for name, law in laws.items() if name in bare and law.rank is None})
+    slow = sorted(
+        {type(bare[name]).__name__ for name, law in laws.items() if name in bare and law.rank is None and not law.idle}
+    )
     if slow:
         warnings.warn(
             f"fastclip runs {', '.join(slow)} example by example, because they use parameters of their own in a way that "

@@ -115,6 +115,18 @@ def module_groups(model: nn.Module) -> list[list[str]]:
     return groups
 
 
+class Summed(dict[str, torch.Tensor]):
+    """A sum of clipped gradients. terms: of each parameter, the sum of its terms' norms."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        super().__init__((name, torch.zeros_like(g)) for name, g in gradients.items())
+        self.terms = dict.fromkeys(self, 0.0)
+
+    def add(self, name: str, term: torch.Tensor) -> None:
+        self[name] += term
+        self.terms[name] += float(term.norm())
+
+
 def clipped_sum(
     units: Sequence[Gradients], max_grad_norm: float, rule: str = "flat", groups: Sequence[Sequence[str]] | None = None
 ) -> Gradients:
@@ -123,7 +135,7 @@ def clipped_sum(
     flat: g min(1, C / |g|). automatic: C g / (|g| + 0.01), AUTO-S of Bu et al. 2022 (arXiv 2206.07136), equation 4.
     per_layer: flat in each of the K `groups` with C / sqrt(K).
     """
-    total = {name: torch.zeros_like(g) for name, g in units[0].items()}
+    total = Summed(units[0])
     parts = groups if rule == "per_layer" and groups is not None else [list(total)]
     limit = max_grad_norm / len(parts) ** 0.5
     for unit in units:
@@ -132,7 +144,7 @@ def clipped_sum(
             clipped = min(1.0, limit / size) if size else 1.0
             factor = limit / (size + AUTO_S_GAMMA) if rule == "automatic" else clipped
             for name in part:
-                total[name] += factor * unit[name]
+                total.add(name, factor * unit[name])
     return total
 
 
@@ -146,7 +158,8 @@ def pick_clipping_norm(sizes: torch.Tensor) -> float:
 def errors(actual: Gradients, expected: Gradients) -> dict[str, float]:
     """Relative error of the whole vector under "", and of each parameter.
 
-    A parameter's error is relative to its own norm, or to 1e-3 of the whole where that is larger. Where the exact
+    A parameter's error is relative to its own norm, or to 1e-3 of the whole where that is larger, or, where units cancel, to
+    1e-1 of what they sum to without their signs: fp32 has rounded each of them. Where the exact
     gradient vanishes by symmetry (the bias of attention's keys), what fp32 gives is the rounding of terms that cancel,
     in plain torch up to 1.3e-8 of the whole: there the error is relative to 1e-2 of the whole.
     """
@@ -156,7 +169,8 @@ def errors(actual: Gradients, expected: Gradients) -> dict[str, float]:
     result = {"": norm(difference) / whole}
     for name in expected:
         own = norm(expected, [name]) / whole
-        result[name] = norm(difference, [name]) / whole / (max(own, 1e-3) if own > 1e-12 else 1e-2)
+        terms = expected.terms[name] / whole if isinstance(expected, Summed) else 0.0
+        result[name] = norm(difference, [name]) / whole / (max(own, 1e-3, 1e-1 * terms) if own > 1e-12 else 1e-2)
     return result
 
 

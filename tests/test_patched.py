@@ -68,3 +68,41 @@ def test_an_overridden_helper_of_a_convolution():
     with pytest.warns(UserWarning, match="CenteredConv example by example"):
         loss(model, batch).sum().backward()
     assert_gradients(collect(model), clipped_sum(expected, clip))
+
+
+class ShownBias(nn.Module):
+    """A head that shows its inner layer's bias as its own; ``late`` uses it by another name than its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(4, 3)
+        self.bias = self.decoder.bias
+        self.late = False
+        self.kept = [self.bias]
+
+    def forward(self, x):
+        out = self.decoder(x)
+        return out + self.kept[0] if self.late else out
+
+
+def test_a_module_that_only_shows_a_parameter_has_no_copies_of_it(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), ShownBias())
+    batch = {"x": torch.randn(5, 4)}
+    expected = unit_gradients(copy.deepcopy(model), loss, batch, range(5))
+    clip = pick_clipping_norm(norms(expected))
+    fastclip.attach(model, clip)
+    monkeypatch.setattr("fastclip.routing.run_copies", lambda *_: pytest.fail("copies"))
+    loss(model, batch).sum().backward()
+    assert_gradients(collect(model), clipped_sum(expected, clip))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_parameter_that_is_used_unseen_is_refused(first):
+    model = nn.Sequential(nn.Linear(4, 4), ShownBias())
+    batch = {"x": torch.randn(5, 4)}
+    fastclip.attach(model, 1.0)
+    if not first:
+        loss(model, batch).sum().backward()
+    model[1].late = True
+    with pytest.raises(RuntimeError, match="does not follow"):
+        loss(model, batch).sum().backward()
