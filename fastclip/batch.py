@@ -65,9 +65,15 @@ def count_examples(names: Sequence[str], leaves: Sequence[Any], main_input: str 
 
 
 def batched_leaves(
-    names: Sequence[str], leaves: Sequence[Any], examples: int, shared: Sequence[str], dim: int = 0
+    names: Sequence[str],
+    leaves: Sequence[Any],
+    examples: int,
+    shared: Sequence[str],
+    dim: int = 0,
+    named: bool = False,
 ) -> list[bool]:
     """For each leaf, whether its batch dimension counts examples. shared: names of arguments that belong to all examples.
+    named: whether somebody gave an id for each.
 
     Raises UnclearBatch for an argument whose size is neither B nor 1 and that is not named as shared.
     """
@@ -77,7 +83,12 @@ def batched_leaves(
         rows = x.shape[batch_dim_of(x, dim)] if has_rows else 0
         flags.append(has_rows and rows == examples)
         if has_rows and rows not in (examples, 1):
-            raise UnclearBatch(f"{name} has {rows} rows for {examples} examples: {_REMEDY}")
+            counted = (
+                f"{examples} ids: give one per example; shared=[...] names what belongs to all"
+                if named
+                else f"{examples} examples: {_REMEDY}"
+            )
+            raise UnclearBatch(f"{name} has {rows} rows for {counted}")
     if examples and not any(flags):
         shapes = {name: list(x.shape) for name, x in _tensors(names, leaves)}
         raise ValueError(f"there are {examples} examples, but the inputs have shapes {shapes}: one id per example")

@@ -100,7 +100,8 @@ def coupled(name: str) -> str:
     return (
         "examples are not independent in the backward of the model: changing one changed the gradient of another at the "
         f"output of {name or 'the model'}. Remove the tensor hook, the custom backward or the loss over the batch that couples "
-        "them"
+        "them; a transformers model's own loss is a mean over the batch's tokens: call it without labels and take one loss per "
+        "example, as fastclip.huggingface.causal_lm_losses does"
     )
 
 

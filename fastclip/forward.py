@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastclip import tape
 from fastclip.layout import Law
@@ -17,14 +18,21 @@ if TYPE_CHECKING:
     from fastclip.module import Clipper
 
 
+_numbers = itertools.count()
+
+
 class Forward:
     """One forward of the attached model: its units, and whether its one backward is done."""
 
-    def __init__(self, clipper: Clipper, units: PrivacyUnits, laws: Mapping[str, Law]) -> None:
+    def __init__(
+        self, clipper: Clipper, units: PrivacyUnits, laws: Mapping[str, Law], trained: Mapping[nn.Parameter, str]
+    ) -> None:
         self.clipper = clipper
         self.units = units
         self.laws = laws
+        self.trained = trained  # what was trainable then
         self.finished = False
+        self.number = next(_numbers)
 
     @property
     def examples(self) -> int:
@@ -66,7 +74,7 @@ class Forward:
 
 class _Lending(Forward):
     def __init__(self, forward: Forward, lent: Sequence[Tensor]) -> None:
-        super().__init__(forward.clipper, forward.units, forward.laws)
+        super().__init__(forward.clipper, forward.units, forward.laws, forward.trained)
         self._of, self._lent = forward, lent
 
     def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from fastclip.module import clipper_of
-from fastclip.trial_modes import NoDropout, differentiable
+from fastclip.recomputation import differentiable
+from fastclip.trial_modes import NoDropout
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fastclip.module import clipper_of
-from fastclip.trial_modes import NoDropout, differentiable
+from fastclip.recomputation import differentiable
+from fastclip.trial_modes import NoDropout
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

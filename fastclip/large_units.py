@@ -74,7 +74,7 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
     written.check()
     if found:
         done = BackwardPass(clipper._finish)
-        done.forwards.append(Forward(clipper, units, {}))
+        done.forwards.append(Forward(clipper, units, {}, trainable))
         for param, grad in found.items():
             done.entries[param, 0, param.shape[0] if param.dim() else 1] = [PerUnit(grad[None])]
         done()

@@ -79,7 +79,7 @@ class Layouts:
                 if units is None
                 else int(units.num_examples or 0)
             )
-            flags = batch.batched_leaves(names, leaves, examples, shared, self.batch_dim)
+            flags = batch.batched_leaves(names, leaves, examples, shared, self.batch_dim, units is not None)
             key = call_key(self._model, leaves, spec, examples)
             units = PrivacyUnits.examples(examples) if units is None else units
             anything = examples > 0

@@ -23,8 +23,8 @@ from torch.utils.hooks import unserializable_hook
 from fastclip import plan, tape, validation
 from fastclip.backward import BackwardPass, BackwardPasses, in_backward
 from fastclip.clipping import ClippingRule, check_norm, make_rule
-from fastclip.compiled import new_tap
 from fastclip.forward import Forward
+from fastclip.forwards import Forwards
 from fastclip.large_units import accumulate_unit
 from fastclip.layers import Rule, find_rule
 from fastclip.layers.activation import activation_of
@@ -54,7 +54,7 @@ class Clipper:
 
     unit_norms: fp32 ``[U]``, unclipped gradient norms of the last backward, units in order of first appearance.
     nonfinite_units: how many units of the last backward had inf or NaN and therefore contributed nothing.
-    Both are looks at private data. layouts and passes are for the routes that stand in the model.
+    Both are looks at private data. layouts, passes and forwards are for the routes that stand in the model.
     """
 
     def __init__(self, model: nn.Module, rule: ClippingRule, loss_reduction: str, strict: bool) -> None:
@@ -75,9 +75,7 @@ class Clipper:
         self._group: dict[Tensor, int] = {}
         self._num_groups = 1
         self._spread_limit = math.inf
-        self.tap: Tensor | None = None  # of the forward that began last, for compiled code
-        self._live: weakref.WeakSet[Forward] = weakref.WeakSet()
-        self._last: Forward | None = None
+        self.forwards = Forwards()
         self._local = threading.local()
         self._finishing = threading.Lock()
         self._open_units = 0
@@ -212,13 +210,14 @@ class Clipper:
     # What routes call
 
     @_disable_dynamo
-    def begin_forward(self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Written | None:
+    def begin_forward(
+        self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Forward, Written] | None:
         """Find the units of one forward of the model, which stay current for the layers inside until it ends.
 
-        Returns what :meth:`end_forward` wants to see; None where the model calls itself: that is still the same forward.
+        Returns it and what :meth:`end_forward` wants to see; None where the model calls itself: that is still the same one.
         """
-        stack: list[Forward] = self._local.__dict__.setdefault("forwards", [])
-        if stack:
+        if self.forwards.running:
             return None
         if in_backward():
             raise RuntimeError(
@@ -235,22 +234,17 @@ class Clipper:
         )
         if self.strict:
             written.watch_buffers()  # after the trial, which may have seen some written
-        forward = Forward(self, units, laws)
+        forward = Forward(self, units, laws, self._names)
         for route in layers:
             route.prepare(laws.get(route.name + CALL if route.caught else route.name))
-        self.tap = new_tap(forward)
-        self._live.add(forward)
-        self._last = forward
-        stack.append(forward)
-        return written
+        self.forwards.begin(forward)
+        return forward, written
 
     @_disable_dynamo
-    def end_forward(self, written: Written | None, failed: bool = False) -> None:
-        """The other end. Raises RuntimeError if a forward that did not fail wrote what would be published without noise."""
-        if written is None:
-            return
-        self._local.forwards.pop()
-        if not failed:
+    def end_forward(self, written: Written | None = None) -> None:
+        """The other end. written: of a forward that did not fail; raises RuntimeError if it wrote what would be published."""
+        self.forwards.end()
+        if written is not None:
             written.check(self.layouts.written)
 
     def refuse_second_backward(self) -> None:
@@ -263,31 +257,6 @@ class Clipper:
     def rule_of(self, module: nn.Module) -> Rule | None:
         """What runs in place of the module's forward; None where its parameters are followed in its own code."""
         return find_rule(module)
-
-    def current_forward(self, layer: str) -> Forward:
-        """The forward that a layer's call belongs to. Raises RuntimeError where there is none, or no telling which."""
-        stack = getattr(self._local, "forwards", None)
-        if stack:
-            return stack[-1]
-        if in_backward():
-            live = [f for f in self._live if not f.finished]
-            if live and all(f.same_units(live[0]) for f in live):
-                return self._last if self._last in live else live[0]
-            raise RuntimeError(
-                f"{layer}: recomputed in backward while {len(live)} forwards with different units are under way: use "
-                "non-reentrant checkpointing, or one backward per forward"
-            )
-        raise RuntimeError(
-            f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
-        )
-
-    def check_current(self, forward: Forward, layer: str) -> None:
-        """Raises RuntimeError where compiled code of this thread was given another thread's forward."""
-        stack = getattr(self._local, "forwards", None)
-        if not in_backward() and (not stack or stack[-1] is not forward):
-            raise RuntimeError(
-                f"{layer}: compiled code runs outside its own forward, or two threads run one compiled model: let one run it"
-            )
 
     def refresh(self) -> None:
         """Follow the model as it is now: new, replaced, frozen and unfrozen parameters, new modules."""
@@ -353,7 +322,8 @@ class Clipper:
         if not all(f.same_units(done.forwards[0]) for f in done.forwards):
             raise RuntimeError("one backward covers forwards with different units: call backward() once for each")
         trainable = self.parameters()
-        for q, _, _ in done.entries:
+        used = {q for q, _, _ in done.entries}.union(*(f.trained for f in done.forwards))
+        for q in used:
             if q not in self._group or q not in trainable:
                 raise RuntimeError(
                     "the set of trainable parameters changed between forward and backward: run the forward again"
@@ -462,6 +432,7 @@ def attach(
 ) -> Clipper:
     """Clip per-unit gradients of ``model`` from now on; returns the :class:`Clipper` that undoes it.
 
+    model: any module, or what torch.compile made of one.
     max_grad_norm: C, the most that one unit's gradient may measure in L2. clipping: "flat", "automatic", "per_layer", or
     a rule object (clipping.py). loss_reduction: whether the loss given to backward() is the sum over examples or their
     mean. strict: try on the first batch that examples do not mix in the model, and refuse what cannot be private.
@@ -469,6 +440,7 @@ def attach(
     Raises ValueError for bad arguments, a model that cannot be private, or one that is attached already; the model is
     then as it was.
     """
+    model = validation.as_written(model)
     rule = make_rule(clipping, max_grad_norm)
     if loss_reduction not in ("sum", "mean"):
         raise ValueError(f'loss_reduction must be "sum" or "mean", got {loss_reduction!r}')
@@ -486,5 +458,6 @@ def attach(
 
 def clipper_of(model: nn.Module) -> Clipper | None:
     """The clipper attached to ``model``; None if there is none."""
+    model = validation.as_written(model)
     found = _CLIPPERS.get(id(model))
     return found if found is not None and found.model is model else None

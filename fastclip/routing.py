@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from fastclip.backward import in_backward
 from fastclip.batch import batch_dim_of
-from fastclip.compiled import Call, is_operator, new_key, traced
+from fastclip.compiled import is_operator, traced
+from fastclip.layer_operators import Call, new_key
 from fastclip.layers.bare import Targets, params_of, run_copies, run_loop
 from fastclip.layers.calls import Catch, caught_by_function, run_caught
 from fastclip.layers.registry import Rule
 from fastclip.layers.site import Site
 from fastclip.layout import Law, packed_rows, primary
+from fastclip.recomputation import is_noted, running
 
 if TYPE_CHECKING:
     from fastclip.forward import Forward
@@ -99,11 +101,20 @@ class RootRoute(Route):
         clipper = self.clipper
         if not clipper.attached or not torch.is_grad_enabled() or clipper.layouts.probe is not None:
             return self.original(*args, **kwargs)
-        written = clipper.begin_forward(self.original, args, kwargs)
+        begun = clipper.begin_forward(self.original, args, kwargs)
+        if begun is None:
+            return self.original(*args, **kwargs)
+        forward, written = begun
         try:
-            out = self.original(*args, **kwargs)
-        except BaseException:
-            clipper.end_forward(written, failed=True)
+            with running(forward):
+                out = self.original(*args, **kwargs)
+        except BaseException as error:
+            clipper.end_forward()
+            if isinstance(error, RuntimeError) and forward.units.num_units == 0:
+                raise RuntimeError(
+                    "this model cannot run on an empty batch: leave out its forward and backward, and call the optimizer's "
+                    "step() all the same, for an empty draw gets its noise too"
+                ) from error
             raise
         clipper.end_forward(written)
         return out
@@ -144,13 +155,15 @@ class LayerRoute(Route):
         if in_backward():
             clipper.passes.current()  # recomputation: arms the callback on the outermost backward
         if not torch.is_grad_enabled():
+            if not is_noted() and self.trainable():
+                clipper.forwards.keep_open()
             return self.original(*args, **kwargs)
         if held is not None and (call := self.placed(*args, **kwargs)) is not None:
             held.calls.append(call)
             return call.input
         if not self.trainable():
             return self.original(*args, **kwargs)
-        return self.run(clipper.current_forward(self.name), args, kwargs)
+        return self.run(clipper.forwards.current(self.name), args, kwargs)
 
     def followed(self) -> bool:
         """Whether calls go through the rule now: attached, and no trial under way."""
@@ -160,7 +173,9 @@ class LayerRoute(Route):
         """A call with this input, without running it. None where one input serves all examples."""
         if in_backward():
             self.clipper.passes.current()  # as in __call__
-        return self.placed_in(self.clipper.current_forward(self.name), input) if self.trainable() else Held(None, input)
+        return (
+            self.placed_in(self.clipper.forwards.current(self.name), input) if self.trainable() else Held(None, input)
+        )
 
     def placed_in(self, forward: Forward, input: Tensor) -> Held | None:
         """The same for a layer that is trained, in this forward."""
@@ -189,7 +204,7 @@ class LayerRoute(Route):
         if (law := forward.laws.get(self.name)) is not None and law.idle:
             return self.original(*args, **kwargs)
         if self.caught:
-            with Catch(self.module.weight, partial(self._run_caught, forward)):  # type: ignore[arg-type]
+            with Catch(self.module.weight, partial(self.run_caught, forward)):  # type: ignore[arg-type]
                 return self.original(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         first = self._speaking(leaves, args, kwargs)
@@ -216,7 +231,8 @@ class LayerRoute(Route):
         first = self._speaking(tree_leaves((args, kwargs)), args, kwargs)
         return (args, kwargs) if first is None else _replace(first, _spread(first, examples), args, kwargs)
 
-    def _run_caught(self, forward: Forward, func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
+    def run_caught(self, forward: Forward, func: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        """A function that got the layer's weight, through the tape."""
         rows = forward.units.num_rows
         if rows is not None:
             flat = packed_rows(x, rows)
@@ -321,7 +337,7 @@ class MethodRoute(Route):
         trainable = any(p.requires_grad for p in params_of(self.targets))
         if not clipper.attached or not torch.is_grad_enabled() or clipper.layouts.probe is not None or not trainable:
             return self.original(*args, **kwargs)
-        forward = clipper.current_forward(self.name)
+        forward = clipper.forwards.current(self.name)
         batched = [False] * len(tree_leaves((args, kwargs)))
         return run_loop(
             Site(forward, self.name, forward.examples), self.targets, self.original, batched, (args, kwargs)

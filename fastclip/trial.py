@@ -30,7 +30,8 @@ from fastclip.copies import Run, choose, no_batch_dim, same
 from fastclip.coupling import Arrival, Taps, check_same_layers, coupled, weights
 from fastclip.layers.bare import Targets
 from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows, padded
-from fastclip.trial_modes import NoDropout, Picks, differentiable
+from fastclip.recomputation import differentiable
+from fastclip.trial_modes import NoDropout, Picks
 from fastclip.trial_values import OTHER_SHAPE, SAME_SHAPE, adds_up, change, is_float, output_leaves, rows_same, shorter
 from fastclip.units import PrivacyUnits
 
@@ -88,7 +89,8 @@ class Probe:
 
     def _call(self, inputs: Sequence[Any], keep: Callable[[str, Tensor], Tensor] | None) -> list[Any]:
         """Output leaves of the model on these argument leaves, from the same buffers and random state every time."""
-        args, kwargs = tree_unflatten(list(inputs), self._spec)
+        # Some models write into their inputs.
+        args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in inputs], self._spec)
         self._seen, self._keep = {}, keep
         self._restore()
         torch.manual_seed(0)

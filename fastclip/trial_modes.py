@@ -1,15 +1,11 @@
-"""What torch does otherwise while a model is tried: no dropout, a note of rows picked by content, no recomputation."""
+"""What torch does otherwise while a model is tried: no dropout, and a note of rows picked by content."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint as checkpointing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,39 +39,3 @@ class Picks(TorchDispatchMode):
         elif packet is torch.ops.aten.index:
             self.seen |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         return func(*args, **(kwargs or {}))
-
-
-class _NoRecomputation:
-    """Stands for reentrant checkpointing, which autograd.grad refuses, in the threads that are inside `differentiable`."""
-
-    original = checkpointing.CheckpointFunction
-    inside = threading.local()
-    lock = threading.Lock()
-    threads = 0
-
-    @classmethod
-    def apply(cls, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        if getattr(cls.inside, "here", False):
-            return function(*args)
-        return cls.original.apply(function, preserve_rng_state, *args)
-
-
-@contextmanager
-def differentiable() -> Iterator[None]:
-    """Inside, what this thread runs under ``torch.utils.checkpoint`` can be differentiated by autograd.grad."""
-    stand_in = _NoRecomputation
-    outer = getattr(stand_in.inside, "here", False)
-    with stand_in.lock:
-        if stand_in.threads == 0:
-            stand_in.original = checkpointing.CheckpointFunction
-            setattr(checkpointing, "CheckpointFunction", stand_in)  # noqa: B010 (a type, to mypy)
-        stand_in.threads += 1
-    stand_in.inside.here = True
-    try:
-        yield
-    finally:
-        stand_in.inside.here = outer
-        with stand_in.lock:
-            stand_in.threads -= 1
-            if stand_in.threads == 0:
-                setattr(checkpointing, "CheckpointFunction", stand_in.original)  # noqa: B010

@@ -13,11 +13,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fastclip.layout import Law
 
 
+def as_written(model: nn.Module) -> nn.Module:
+    """The model itself where somebody gives what torch.compile made of it."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module) else model
+
+
 def check_model(model: nn.Module, strict: bool) -> None:
     """Raises ValueError naming each module that cannot be private, what is wrong with it, and the remedy."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"attach the model inside {type(model).__name__}, before wrapping it")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameter: set requires_grad_(True) on what is to be trained")

@@ -57,6 +57,39 @@ def test_affine(offsets, dtype, columns, gain):
     close(squares, sums.double().square().sum(1), torch.float64)  # of the very same numbers
 
 
+def statistics(x, rms=False):
+    wide = x.to(reference.accumulation_dtype(x.dtype))
+    mean = None if rms else wide.mean(1)
+    return mean, (wide if rms else wide - mean[:, None]).square().mean(1).add(1e-2).rsqrt()
+
+
+@pytest.mark.parametrize("columns", [1, 7, 600])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_layer_norm_backward(offsets, dtype, columns, rms, affine):
+    g, x = rows(offsets, columns, dtype), rows(offsets, columns, dtype, strided=True)
+    mean, rstd = statistics(x, rms)
+    args = mean, rstd, torch.randn(columns, dtype=dtype) if affine else None
+    dx, sums = ops.layer_norm_backward(g, x, *args, offsets, not rms, backend="cpp")
+    wanted = reference.layer_norm_backward(*wide(g, x, *args), offsets, not rms)
+    assert dx.dtype == dtype
+    assert sums.dtype == reference.accumulation_dtype(dtype)
+    close(sums, wanted[1], dtype)
+    rounding = max(TOLERANCE[dtype], torch.finfo(dtype).eps)
+    atol = TOLERANCE[dtype] * float(torch.cat([wanted[0].abs().flatten(), rstd.double(), torch.zeros(1)]).max())
+    torch.testing.assert_close(dx.double(), wanted[0], rtol=rounding, atol=atol)
+
+
+def test_a_long_unit_of_a_layer_norm_is_split_at_the_same_places():
+    offsets = torch.tensor([0, 3, 600, 600, 1400])
+    g, x = rows(offsets, 40), rows(offsets, 40)
+    args = (g, x, *statistics(x), torch.randn(40), offsets, True)
+    for found, wanted in zip(
+        ops.layer_norm_backward(*args), reference.layer_norm_backward(*wide(*args[:5]), *args[5:]), strict=True
+    ):
+        close(found, wanted, torch.float32)
+
+
 @pytest.mark.parametrize("columns", [1, 9, 64])
 @pytest.mark.parametrize("padding", [None, 2])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -137,6 +170,9 @@ def test_a_broken_unit_reaches_nobody(value):
         ops.tied_cross(a, torch.ones(9, 4), offsets, ids, a, offsets, backend="cpp"),
     ):
         assert torch.equal(found.isfinite(), finite)
+    dx, sums = ops.layer_norm_backward(g, g, *statistics(g), None, offsets, True, backend="cpp")
+    assert torch.equal(dx.isfinite().all(1), torch.arange(9) != 2)
+    assert torch.equal(sums.isfinite().all(2), finite.expand(2, 3))
     keep = factors.clone()
     wanted = reference.clipped_gemm(*clean, offsets, keep, torch.zeros(6, 8))
     torch.testing.assert_close(ops.clipped_gemm(a, g, offsets, factors, torch.zeros(6, 8), backend="cpp"), wanted)
@@ -165,6 +201,7 @@ def every_op():
         "linear_norm": ops.linear_norm_parts(a, g, offsets, backend="cpp"),
         "segment_sum": ops.segment_sum(g, g, offsets, backend="cpp"),
         "affine_norm": ops.affine_norm(g, None, offsets, backend="cpp"),
+        "layer_norm_backward": ops.layer_norm_backward(g, g, *statistics(g), None, offsets, True, backend="cpp")[1],
         "embedding_norm": ops.embedding_norm(ids, a, offsets, backend="cpp"),
         "tied_cross": ops.tied_cross(a, g, offsets, ids, a, offsets, backend="cpp"),
         "clipped_gemm": ops.clipped_gemm(a, g, offsets, factors, torch.zeros(260, 130), backend="cpp"),
@@ -205,7 +242,7 @@ def bad(**changes):
 
 
 SUMS = {"clipped_gemm", "clipped_embedding"}
-ALL = {*SUMS, "affine_norm", "embedding_norm", "linear_norms", "row_norm_products"}
+ALL = {*SUMS, "affine_norm", "layer_norm_backward", "embedding_norm", "linear_norms", "row_norm_products"}
 # what is wrong, who must refuse it, and in what words
 BAD = {
     "offsets fall": ({"offsets": torch.tensor([0, 4, 2, 5])}, ALL, "offsets must rise"),
@@ -235,6 +272,7 @@ def test_bad_input_writes_nothing(changes, refusing, word):
         "clipped_gemm": (x["a"], x["g"], x["offsets"], x["factors"], x["gemm_out"], True),
         "clipped_embedding": (x["ids"], x["g"], x["offsets"], x["factors"], x["table"], None),
         "affine_norm": (x["g"], x["a"][:, :3], x["offsets"]),
+        "layer_norm_backward": (x["g"], x["a"][:, :3], None, torch.ones(5), None, x["offsets"], True),
         "embedding_norm": (x["ids"], x["g"], x["offsets"], None),
         "linear_norms": (x["a"], [x["g"]], x["offsets"]),
         "row_norm_products": (x["a"], x["g"], x["offsets"]),
@@ -271,6 +309,7 @@ def test_opcheck():
         raw.tied_cross: (a, g, offsets, ids, a, offsets),
         raw.affine_norm: (g, g, offsets),
         raw.segment_sum: (g, None, offsets),
+        raw.layer_norm_backward: (g, g, torch.ones(5), torch.ones(5), torch.ones(3), offsets, True),
         raw.clipped_gemm: (a, g, offsets, factors, torch.zeros(3, 4)),
         raw.clipped_embedding: (ids, g, offsets, factors, torch.zeros(3, 3)),
         raw.clipped_sum: (torch.randn(3, 7), factors, torch.zeros(7)),

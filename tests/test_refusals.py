@@ -253,7 +253,7 @@ def test_bad_units(units, word):
 def test_ids_and_offsets_of_the_wrong_length():
     model = nn.Linear(3, 2)
     clipper = fastclip.attach(model, 1.0)
-    with pytest.raises(ValueError, match="4 rows for 3 examples"), clipper.units(ids=[1, 2, 3]):
+    with pytest.raises(ValueError, match="4 rows for 3 ids"), clipper.units(ids=[1, 2, 3]):
         model(torch.randn(4, 3))
     with pytest.raises(ValueError, match="offsets end at 5"), clipper.units(offsets=[0, 2, 5]):
         model(torch.randn(4, 3))
@@ -317,3 +317,25 @@ def test_models_that_write_data_into_their_state_are_refused(kind):
         for _ in range(40):
             model(torch.randn(4, 4) + 5).sum().backward()
             model.zero_grad()
+
+
+def test_a_model_that_cannot_run_on_an_empty_batch_says_what_to_do():
+    class Halves(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.view(x.shape[0], -1, 2))
+
+    model = Halves(2, 3)
+    fastclip.attach(model, 1.0)
+    with pytest.raises(RuntimeError, match=r"leave out its forward .* step\(\)"):
+        model(torch.zeros(0, 4))
+    model(torch.randn(3, 4)).sum().backward()  # and is as it was
+
+
+def test_a_models_own_loss_is_named():
+    from families import FAMILIES
+
+    model, batch, _ = FAMILIES["gpt2"].build()
+    fastclip.attach(model, 1.0)
+    ids = batch["input_ids"]
+    with pytest.raises(ValueError, match=r"fastclip\.huggingface"):
+        model(input_ids=ids, labels=ids).loss.backward()

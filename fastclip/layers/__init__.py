@@ -1,6 +1,6 @@
 """Layer families: what each keeps, its norm, its clipped gradient. Importing this package registers all of them."""
 
-from fastclip.layers import attention, convolution, dora, embedding, linear, normalization, recurrent
+from fastclip.layers import attention, convolution, dora, embedding, linear, normalization, recurrent, rms_norm
 from fastclip.layers.registry import Rule, find_rule, register_layer, supported_layers
 from fastclip.layers.site import Site
 
@@ -16,5 +16,6 @@ __all__ = [
     "normalization",
     "recurrent",
     "register_layer",
+    "rms_norm",
     "supported_layers",
 ]

@@ -1,4 +1,4 @@
-"""Normalisation layers with gains and biases: LayerNorm by its own formula, the rest by what they share.
+"""Normalisation layers with gains and biases: LayerNorm by its own formula, the rest by what they share. RMSNorm: rms_norm.py.
 
 All compute ``x_hat * weight + bias`` with an x_hat that has no parameters, so their per-unit gradients are sums of
 ``g * x_hat`` and of ``g`` over a unit's rows.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fastclip import ops
+from fastclip import dispatch, ops
 from fastclip.layers.registry import register_layer
 from fastclip.layers.site import Site, wanted
 
@@ -57,8 +57,8 @@ class _LayerNorm(Function):
 
 
 def _is_fused(x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Where one kernel reads x and g once for all gradients: rows that fit a program (kernels/layer_norm.py)."""
-    return x.is_cuda and torch.Size(shape).numel() <= 8192
+    """Where one kernel reads x and g once for all gradients; on a GPU rows have to fit a program (kernels/layer_norm.py)."""
+    return dispatch.cpp_missing is None if x.device.type == "cpu" else torch.Size(shape).numel() <= 8192
 
 
 def _fused(
@@ -136,11 +136,3 @@ def group_norm(site: Site, module: nn.GroupNorm, input: Tensor) -> Tensor:
 @register_layer(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, norm="sums of g and g * x_hat")
 def instance_norm(site: Site, module: nn.InstanceNorm1d, input: Tensor) -> Tensor:
     return _per_channel(site, module.weight, module.bias, F.instance_norm(input, eps=module.eps))
-
-
-@register_layer(nn.RMSNorm, norm="sums of g * x_hat")
-def rms_norm(site: Site, module: nn.RMSNorm, input: Tensor) -> Tensor:
-    x_hat = F.rms_norm(input, module.normalized_shape, eps=module.eps)  # [rows, ..., *shape]
-    middle = [1] * (input.dim() - 1 - len(module.normalized_shape))
-    weight = site.per_unit(module.weight).reshape(site.rows, *middle, *module.normalized_shape)
-    return x_hat * weight

@@ -19,6 +19,8 @@ Rule = Callable[..., Any]
 # By type, or by qualified name for types of libraries that fastclip does not import.
 _RULES: dict[type[nn.Module] | str, Rule] = {}
 _DOC: dict[type[nn.Module] | str, str] = {}
+# For layers that many classes write down alike: the rule, once the module itself has shown that it computes that.
+_FINDERS: list[Callable[[nn.Module], Rule | None]] = []
 _OUTSIDE_FORWARD = {"reset_parameters", "extra_repr", "_reset_parameters"}
 
 
@@ -48,6 +50,19 @@ def register_layer(
     return register
 
 
+def register_form(
+    name: str, norm: str
+) -> Callable[[Callable[[nn.Module], Rule | None]], Callable[[nn.Module], Rule | None]]:
+    """Register a function that finds the rule of modules whose classes nobody lists. name, norm: for the table."""
+
+    def register(find: Callable[[nn.Module], Rule | None]) -> Callable[[nn.Module], Rule | None]:
+        _FINDERS.append(find)
+        _DOC[name] = norm
+        return find
+
+    return register
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule for the nearest ancestor type whose forward the module still has; None if there is none.
 
@@ -57,6 +72,8 @@ def find_rule(module: nn.Module) -> Rule | None:
         rule = _RULES.get(cls) or _RULES.get(_qualified_name(cls))
         if rule is not None:
             return rule if _plain_attributes(module, cls) and _computes_as(module, cls) else None
+    if _patch(module, "forward") is None:
+        return next((rule for find in _FINDERS if (rule := find(module)) is not None), None)
     return None
 
 

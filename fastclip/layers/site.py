@@ -144,8 +144,13 @@ def wanted(ctx: Any, index: int) -> bool:
         return False
     if torch.is_grad_enabled():
         raise RuntimeError("create_graph=True asks for gradients of clipped gradients: detach the clipper for that")
+    return will_execute(ctx.next_functions[index][0])
+
+
+def will_execute(node: Any) -> bool:
+    """Whether this backward runs the node of a parameter's gradient. Raises as :func:`wanted`."""
     try:
-        return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError as error:
         raise RuntimeError(
             "torch.autograd.grad for a parameter of an attached model would return an unclipped gradient: "

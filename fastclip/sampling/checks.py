@@ -12,4 +12,5 @@ def check_count(name: str, value: int) -> None:
 def check_within(name: str, value: float, most: float) -> None:
     """Raise ValueError unless `value` is above 0 and at most `most`."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most:
-        raise ValueError(f"{name}={value!r} is not above 0 and at most {most}")
+        remedy = "; a number of examples is expected_batch_size" if name == "sample_rate" else ""
+        raise ValueError(f"{name}={value!r} is not above 0 and at most {most}{remedy}")

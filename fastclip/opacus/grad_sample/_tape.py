@@ -171,7 +171,7 @@ class SampleTape(Clipper):
     @property
     def last_examples(self) -> int:
         """Of the last forward."""
-        return self._last.examples if self._last is not None else 0
+        return self.forwards.last.examples if self.forwards.last is not None else 0
 
     # What parameters and optimizers read
 
@@ -187,17 +187,17 @@ class SampleTape(Clipper):
 
     # What backwards do
 
-    def begin_forward(self, original: Any, args: Any, kwargs: Any) -> Written | None:
+    def begin_forward(self, original: Any, args: Any, kwargs: Any) -> tuple[Forward, Written] | None:
         for batch in self.batches:
             if batch.processed:  # only that it was used is still of interest
                 batch.slots.clear()
                 batch.read.clear()
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = frozenset((x.untyped_storage().data_ptr(), x._version, x.shape) for x in leaves)
-        written = super().begin_forward(original, args, kwargs)
-        if self._last is not None:
-            self._inputs.setdefault(self._last, inputs)  # a model that calls itself has come in already
-        return written
+        begun = super().begin_forward(original, args, kwargs)
+        if self.forwards.last is not None:
+            self._inputs.setdefault(self.forwards.last, inputs)  # a model that calls itself has come in already
+        return begun
 
     def refuse_second_backward(self) -> None:
         if self._clips():
