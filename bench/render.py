@@ -51,6 +51,7 @@ def steps_table(results: dict[str, Any]) -> list[str]:
         if result is None:
             lines.append(f"| {title} | not measured | | | | | |")
             continue
+        title += f" ({result['machine']['cpu'].removesuffix(' Processor')})"
         found = ratios(result)
         for mode in MODES:
             if mode in result["failed"]:
@@ -117,6 +118,18 @@ def growth_plot(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def machines(results: dict[str, Any]) -> list[str]:
+    """Each machine that rows were measured on, once."""
+    found = {}
+    for row in results.values():
+        m = row["machine"]
+        found[m["cpu"], m["torch"]] = (
+            f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}, "
+            f"Python {m['python']}"
+        )
+    return list(found.values())
+
+
 def norms_tables(results: dict[str, Any]) -> list[str]:
     """linear_norm by layer and rows a unit; row-wise norms beside the copy bandwidth."""
     if not results:
@@ -145,7 +158,6 @@ def main() -> None:
     steps, growth, norms = load("steps_cpu.json"), load("growth_cpu.json"), load("norms_cpu.json")
     images = DOCS / "images"
     images.mkdir(exist_ok=True)
-    any_step = next(iter(steps.values()), {})
     lines = [
         "# Benchmarks",
         "",
@@ -153,7 +165,7 @@ def main() -> None:
         "medians beside the median of the step without privacy, memory is the peak resident size of a process of its own "
         "beside that of the step without privacy. The first step of fastclip tries the model, once.",
         "",
-        f"Machine: {any_step.get('machine', 'not measured')}.",
+        "Machines: " + ("; ".join(machines(steps)) or "not measured") + ".",
         "",
         "## Whole steps",
         "",
