@@ -98,7 +98,7 @@ def _register() -> None:
 
     def layer_norm_fake(g: Tensor, x: Tensor, mean: Any, rstd: Any, weight: Any, offsets: Tensor, bias: bool) -> Any:
         dtype = reference.accumulation_dtype(x.dtype)
-        return torch.empty_like(x), x.new_empty(1 + bias, offsets.shape[0] - 1, x.shape[1], dtype=dtype)
+        return x.new_empty(x.shape), x.new_empty(1 + bias, offsets.shape[0] - 1, x.shape[1], dtype=dtype)
 
     def cross_entropy_fake(logits: Tensor, labels: Tensor) -> Tensor:
         return logits.new_empty(2, logits.shape[0], dtype=reference.accumulation_dtype(logits.dtype))
