@@ -6,12 +6,15 @@
 // [1 or 2, U, p]: sum_t g_t x_hat_t, and sum_t g_t. Rows are read twice, the second time from the first cache. Sums over
 // eight rows in fp32 (fp64 for fp64), beyond in fp64; units of many rows are split at places that depend on nothing else.
 #include "buffer.h"
+#include "lanes.h"
 #include "rows.h"
 
 namespace fastclip {
 namespace {
 
-constexpr int64_t kChunk = 256, kTogether = 8, kLanes = 16;
+constexpr int64_t kChunk = 256, kTogether = 8;
+
+typedef double f64x8 __attribute__((vector_size(64)));
 
 template <class T>
 using Narrow = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -26,20 +29,35 @@ struct Norm {
   bool bias;
 };
 
+template <class N>
+using Lanes = std::conditional_t<std::is_same_v<N, double>, f64x8, f32x16>;
+
+template <class N, class T>
+FASTCLIP_INLINE Lanes<N> read(const T* from) {
+  Lanes<N> x;
+  if constexpr (std::is_same_v<T, N>)
+    std::memcpy(&x, from, sizeof x);
+  else
+    for (size_t l = 0; l < sizeof x / sizeof(N); ++l) x[l] = static_cast<N>(from[l]);
+  return x;
+}
+
 // The sums over a row of v, and of v x_hat.
 template <class T, class N, bool kMean, bool kWeight>
 FASTCLIP_INLINE void row_sums(const T* g, const T* x, int64_t p, N mean, N rstd, const N* weight, double (&out)[2]) {
-  N plain[kLanes] = {}, products[kLanes] = {};
-  const auto add = [&](int64_t c, int64_t l) FASTCLIP_LAMBDA {
-    const N v = kWeight ? static_cast<N>(g[c + l]) * weight[c + l] : static_cast<N>(g[c + l]);
-    const N hat = (kMean ? static_cast<N>(x[c + l]) - mean : static_cast<N>(x[c + l])) * rstd;
-    if constexpr (kMean) plain[l] += v;
-    products[l] += v * hat;
-  };
+  constexpr int64_t kLanes = sizeof(Lanes<N>) / sizeof(N);
+  Lanes<N> plain = {}, products = {};
   int64_t c = 0;
-  for (; c + kLanes <= p; c += kLanes)
-    for (int64_t l = 0; l < kLanes; ++l) add(c, l);
-  for (int64_t l = 0; c + l < p; ++l) add(c, l);
+  for (; c + kLanes <= p; c += kLanes) {
+    const Lanes<N> from = read<N>(g + c), v = kWeight ? from * read<N>(weight + c) : from;
+    if constexpr (kMean) plain += v;
+    products += v * ((read<N>(x + c) - mean) * rstd);
+  }
+  for (int64_t l = 0; c + l < p; ++l) {
+    const N v = static_cast<N>(g[c + l]) * (kWeight ? weight[c + l] : N{1});
+    plain[l] += v;
+    products[l] += v * ((static_cast<N>(x[c + l]) - mean) * rstd);
+  }
   out[0] = out[1] = 0;
   for (int64_t l = 0; l < kLanes; ++l) {
     out[0] += plain[l];
@@ -48,8 +66,9 @@ FASTCLIP_INLINE void row_sums(const T* g, const T* x, int64_t p, N mean, N rstd,
 }
 
 template <class T, class N, bool kMean, bool kWeight>
-FASTCLIP_INLINE void row_gradient(const T* g, const T* x, int64_t p, N mean, N rstd, const N* weight, N of_v, N of_products,
-                                  bool bias, T* dx, N* gains, N* shifts) {
+FASTCLIP_INLINE void row_gradient(const T* __restrict__ g, const T* __restrict__ x, int64_t p, N mean, N rstd,
+                                  const N* __restrict__ weight, N of_v, N of_products, bool bias, T* __restrict__ dx,
+                                  N* __restrict__ gains, N* __restrict__ shifts) {
   for (int64_t c = 0; c < p; ++c) {
     const N from = static_cast<N>(g[c]);
     const N hat = (kMean ? static_cast<N>(x[c]) - mean : static_cast<N>(x[c])) * rstd;
