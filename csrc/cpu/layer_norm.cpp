@@ -55,7 +55,7 @@ FASTCLIP_INLINE void row_sums(const T* g, const T* x, int64_t p, N mean, N rstd,
   }
   for (int64_t l = 0; c + l < p; ++l) {
     const N v = static_cast<N>(g[c + l]) * (kWeight ? weight[c + l] : N{1});
-    plain[l] += v;
+    if constexpr (kMean) plain[l] += v;
     products[l] += v * ((static_cast<N>(x[c + l]) - mean) * rstd);
   }
   out[0] = out[1] = 0;
