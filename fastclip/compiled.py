@@ -123,7 +123,7 @@ def _caught(route: LayerRoute, func: Any, x: Tensor, weight: Tensor, *rest: Any,
             raise NotImplementedError(
                 f"{route.name}: its forward gives F.linear another bias than its own: compile without it"
             )
-        return _call(route, (x,), {}, "linear", True)
+        return _call(route, (x, bias is not None), {}, "linear", True)
     return _call(route, (x, *rest), kwargs, "embedding", False)
 
 
@@ -133,7 +133,7 @@ def _operator(route: LayerRoute, tensors: list[Tensor], numbers: list[int], call
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return torch.ops.fastclip.layer(
-        tensors, numbers, params_of(route.targets), TAPS[route.clipper.forwards.number], route.key, call, autocast
+        tensors, numbers, params_of(route.targets), TAPS[route.clipper.forwards.name], route.key, call, autocast
     )
 
 

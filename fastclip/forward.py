@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from fastclip.module import Clipper
 
 
+UNKNOWN = (
+    "{layer}: run again in backward by code that does not say whose forward it was, so its units are not known: checkpoint "
+    "with torch.utils.checkpoint"
+)
 _numbers = itertools.count()
 
 
@@ -70,6 +74,21 @@ class Forward:
         if mine.unit_of is None or theirs.unit_of is None:
             return mine.unit_of is theirs.unit_of
         return torch.equal(mine.unit_of, theirs.unit_of)
+
+
+class Unknown(Forward):
+    """Stands for the forward of a layer that is run again in backward by code that nobody knows.
+
+    Where the forward itself followed the layer, as under checkpointing that saves no more than it must, what is entered comes
+    from there. Where it did not, this would be entered, and nothing says whose it is.
+    """
+
+    def __init__(self, forward: Forward, layer: str) -> None:
+        super().__init__(forward.clipper, forward.units, forward.laws, forward.trained)
+        self._layer = layer
+
+    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
+        raise RuntimeError(UNKNOWN.format(layer=self._layer))
 
 
 class _Lending(Forward):

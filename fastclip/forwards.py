@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from fastclip.backward import in_backward
-from fastclip.forward import Forward
+from fastclip.forward import UNKNOWN, Forward, Unknown
 from fastclip.recomputation import known_forward
-from fastclip.taps import lead, new_number
+from fastclip.taps import lead, new_name, was_kept
 
 
 class Forwards:
-    """last: the one that began last, in any thread. number: by which compiled code finds the units of the one that runs."""
+    """last: the one that began last, in any thread. name: by which compiled code finds the units of the one that runs."""
 
     def __init__(self) -> None:
-        self.number = new_number(self)
+        self.name = new_name(self)
         self.last: Forward | None = None
-        self._live: weakref.WeakSet[Forward] = weakref.WeakSet()
-        self._open: set[Forward] = set()  # nothing else may hold those that ran layers without gradients
         self._local = threading.local()
 
     @property
@@ -30,9 +29,7 @@ class Forwards:
         return stack
 
     def begin(self, forward: Forward) -> None:
-        lead(self.number, forward)
-        self._live.add(forward)
-        self._open = {f for f in self._open if not f.finished}
+        lead(self.name, forward)
         self.last = forward
         self.running.append(forward)
 
@@ -45,54 +42,45 @@ class Forwards:
         From there on nothing in this module's memory may keep the forward, and with it the model.
         """
         if self.running:
-            lead(self.number, self.running[-1])
+            lead(self.name, self.running[-1])
         else:
-            lead(self.number, forward, keep=False)
-
-    def _unfinished(self) -> list[Forward]:
-        return [f for f in self._open.union(self._live) if not f.finished]
+            lead(self.name, forward, keep=False)
 
     def current(self, layer: str) -> Forward:
-        """The forward that a layer's call belongs to. Raises RuntimeError where there is none, or no telling which."""
+        """The forward that a layer's call belongs to. Raises RuntimeError where there is none.
+
+        Of a recomputation that nobody noted it is :class:`fastclip.forward.Unknown`: it may run, and enter nothing.
+        """
         if self.running:
             return self.running[-1]
         if in_backward():
-            known = known_forward()
-            if known is not None and known.clipper.forwards is self:
+            known = known_forward(self)
+            if known is not None:
                 return known
-            live = self._unfinished()
-            if live and all(f.same_units(live[0]) for f in live):
-                return self.last if self.last in live else live[0]
-            raise RuntimeError(
-                f"{layer}: recomputed in backward while {len(live)} forwards with different units are under way: call "
-                "backward() for each before the next, or use torch.utils.checkpoint with use_reentrant=True"
-            )
+            if self.last is not None:
+                return Unknown(self.last, layer)
         raise RuntimeError(
             f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
         )
 
-    def check(self, forward: Forward, layer: str) -> None:
-        """Raises RuntimeError where compiled code of this thread was given another forward than its own."""
+    def check(self, forward: Forward, layer: str, tap: Tensor) -> None:
+        """Raises RuntimeError where compiled code of this thread may have been given another forward than its own.
+
+        In backward the tap is its own if the graph has kept it since the forward: what runs again by a call of its own gets
+        the one that leads, in whatever thread.
+        """
         if not self.running and in_backward():
-            if self.current(layer) is not forward or (known_forward() is None and len(self._unfinished()) > 1):
-                raise RuntimeError(
-                    f"{layer}: compiled code runs again in backward while several forwards are under way: call backward() "
-                    "once for each before the next"
-                )
+            if known_forward(self) is not forward and not was_kept(tap, self.name):
+                raise RuntimeError(UNKNOWN.format(layer=layer))
         elif not self.running or self.running[-1] is not forward:
             raise RuntimeError(
                 f"{layer}: compiled code runs outside its own forward, or two threads run one compiled model: let one run it"
             )
 
-    def keep_open(self) -> None:
-        """The forward that runs stays known until its backward is done: code unknown here may run it again there."""
-        if self.running:
-            self._open.add(self.running[-1])
-
     @contextmanager
     def leading(self, forward: Forward) -> Iterator[None]:
         """While it lasts, compiled code finds this forward's units."""
-        lead(self.number, forward)
+        lead(self.name, forward)
         try:
             yield
         finally:

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from fastclip.routing import LayerRoute
 
 LINEAR = (linear_layer, conv1d_layer)
-_ARGS = "Tensor[] params, Tensor tap, int key, int call, ScalarType? autocast"
-_routes: weakref.WeakValueDictionary[int, LayerRoute] = weakref.WeakValueDictionary()
+_ARGS = "Tensor[] params, Tensor tap, str key, int call, ScalarType? autocast"
+_routes: weakref.WeakValueDictionary[str, LayerRoute] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
-def new_key(route: LayerRoute) -> int:
-    """The number by which compiled code finds the route again, in this process alone."""
-    key = next(_keys)
+def new_key(route: LayerRoute) -> str:
+    """The name by which compiled code finds the route again, in this process alone. Dynamo takes no string for a variable."""
+    key = f"{next(_keys)}"
     _routes[key] = route
     return key
 
@@ -66,10 +66,17 @@ class Call(NamedTuple):
 TENSOR, NUMBER = ("tensor", None), ("number", None)  # what else may stand there is a constant, in a tuple of one
 
 
-def _in_shared_region() -> bool:
+def _tracer() -> Any:
+    """Of dynamo, which traces the code that calls; None where the graph broke before the call, and it runs."""
     from torch._dynamo.symbolic_convert import InstructionTranslator  # imports Triton
 
-    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    try:
+        return InstructionTranslator.current_tx().output.current_tracer
+    except AttributeError:
+        return None
+
+
+def _in_shared_region(tracer: Any) -> bool:
     while tracer is not None:
         if tracer.source_target is torch.ops.higher_order.invoke_subgraph:
             return True
@@ -78,7 +85,7 @@ def _in_shared_region() -> bool:
 
 
 def new_call(
-    key: int,
+    key: str,
     places: tuple[tuple[Any, ...], ...],
     names: tuple[str, ...],
     projection: tuple[Any, ...] | None = None,
@@ -88,14 +95,20 @@ def new_call(
 
     Raises RuntimeError in a region that several places of the graph share, where calls cannot be told apart.
     """
-    if _in_shared_region():
+    tracer = _tracer()
+    if _in_shared_region(tracer):
         raise RuntimeError(
             f"{_routes[key].name}: layers of an attached model cannot run in torch.compiler.nested_compile_region: leave it out"
         )
     calls = _routes[key].calls
     same = tuple(TENSOR if p == TENSOR else NUMBER if p == NUMBER else p for p in places)
     found = None if projection is None else Projection(*projection)
-    calls.append(Call(same, names, found, None if caught is None else getattr(F, caught)))
+    call = Call(same, names, found, None if caught is None else getattr(F, caught))
+    # Nothing is joined that runs as it is called. By repr: True is 1.0 otherwise.
+    known = [i for i, other in enumerate(calls) if repr(other) == repr(call)] if tracer is None else []
+    if known:
+        return known[0]
+    calls.append(call)
     return len(calls) - 1
 
 
@@ -103,7 +116,7 @@ def new_call(
 new_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _find(key: int, tap: Tensor, params: Sequence[Tensor]) -> tuple[LayerRoute, Forward]:
+def _find(key: str, tap: Tensor, params: Sequence[Tensor]) -> tuple[LayerRoute, Forward]:
     route, forward = _routes.get(key), forward_of(tap)
     if route is None or forward is None or not route.clipper.attached or route.clipper is not forward.clipper:
         raise RuntimeError(
@@ -158,7 +171,10 @@ def _run(route: LayerRoute, forward: Forward, call: Call, tensors: Sequence[Tens
 
 def _with_weight(route: LayerRoute, caught: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
     module: Any = route.module
-    return (*args, module.weight, module.bias) if caught is F.linear else (args[0], module.weight, *args[1:])
+    if caught is F.linear:
+        x, with_bias = args
+        return x, module.weight, module.bias if with_bias else None
+    return args[0], module.weight, *args[1:]
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, block: slice | None) -> Tensor:
@@ -172,14 +188,14 @@ def _layer(
     numbers: Sequence[int],
     params: Sequence[Tensor],
     tap: Tensor,
-    key: int,
+    key: str,
     call: int,
     autocast: torch.dtype | None,
 ) -> Tensor:
     route, forward = _find(key, tap, params)
     if in_backward():
         route.clipper.passes.current()  # as in LayerRoute.__call__
-    route.clipper.forwards.check(forward, route.name)
+    route.clipper.forwards.check(forward, route.name, tap)
     with torch.no_grad(), _ambient(tensors[0].device.type, autocast):
         return _run(route, forward, route.calls[call], tensors, numbers).contiguous()
 
@@ -189,7 +205,7 @@ def _layer_fake(
     numbers: Sequence[int],
     params: Sequence[Tensor],
     tap: Tensor,
-    key: int,
+    key: str,
     call: int,
     autocast: torch.dtype | None,
 ) -> Tensor:
@@ -212,7 +228,7 @@ def _layer_backward(
     numbers: Sequence[int],
     params: Sequence[Tensor],
     tap: Tensor,
-    key: int,
+    key: str,
     call: int,
     autocast: torch.dtype | None,
     input_grads: Sequence[bool],
@@ -280,7 +296,7 @@ def _layer_backward_fake(
     numbers: Sequence[int],
     params: Sequence[Tensor],
     tap: Tensor,
-    key: int,
+    key: str,
     call: int,
     autocast: torch.dtype | None,
     input_grads: Sequence[bool],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -319,6 +319,13 @@ class Clipper:
 
     def _finish_alone(self, done: BackwardPass) -> None:
         units = done.forwards[0].units
+        if any(f.finished for f in done.forwards):
+            # By another thread, autograd's own for deep recursion too: each has clipped a part of the units' gradients.
+            try:
+                self.refuse_second_backward()
+            except RuntimeError:
+                self._forget(self.parameters())
+                raise
         if not all(f.same_units(done.forwards[0]) for f in done.forwards):
             raise RuntimeError("one backward covers forwards with different units: call backward() once for each")
         trainable = self.parameters()
@@ -360,14 +367,17 @@ class Clipper:
         try:
             self._add(done, outcome.factors)
         except BaseException:
-            # Half a sum is no sum: the logical batch starts again from zero.
-            self.sums.clear()
-            for p in trainable:
-                p.grad = None
-            if self.owner is not None:
-                self.owner.added(None)
+            self._forget(trainable)
             raise
         self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
+
+    def _forget(self, trainable: Iterable[nn.Parameter]) -> None:
+        """Half a sum is no sum: the logical batch starts again from zero."""
+        self.sums.clear()
+        for p in trainable:
+            p.grad = None
+        if self.owner is not None:
+            self.owner.added(None)
 
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
         device = next(iter(done.entries))[0].device

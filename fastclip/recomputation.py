@@ -1,15 +1,15 @@
 """Which forward a recomputed layer belongs to, and recomputation that autograd.grad can differentiate.
 
-Reentrant checkpointing (``torch.utils.checkpoint`` with ``use_reentrant=True``) runs layers without gradients and again in
-backward, where nothing says whose forward it was: taken for another's, one unit's examples would be clipped as those of many.
-So while an attached model runs, what it hands to torch's checkpointing is noted together with its forward, in this thread.
+Checkpointing (``torch.utils.checkpoint``) runs layers again in backward, where nothing says whose forward it was: taken for
+another's, one unit's examples would be clipped as those of many. So while attached models run, what they hand to torch's
+checkpointing, of either kind, is noted together with their forwards, in this thread.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,38 +19,55 @@ from fastclip.backward import in_backward
 
 if TYPE_CHECKING:
     from fastclip.forward import Forward
+    from fastclip.forwards import Forwards
+
+_REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
 
 
 class _State(threading.local):
-    """Of this thread. plain: nothing is recomputed; forward: the one that runs; inside: within what is checkpointed."""
+    """Of this thread. plain: nothing is recomputed; running: forwards of attached models, the innermost last; again: those
+    whose checkpointed part runs again."""
 
     plain = False
-    inside = False
-    forward: Forward | None = None
+    running: tuple[Forward, ...] = ()
+    again: tuple[Forward, ...] = ()
 
 
 _state = _State()
+_lock = threading.Lock()
+_uses = 0
+_originals: dict[str, Any] = {}  # names of torch.utils.checkpoint, and what stood there
+
+
+def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
+    known = _state.running + _state.again
+    return partial(_run, known, function) if known else function
 
 
 class _Checkpoint:
     """Stands for torch's autograd function of reentrant checkpointing while any thread is inside one of the below."""
 
-    original = checkpointing.CheckpointFunction
-    lock = threading.Lock()
-    uses = 0
-
-    @classmethod
-    def apply(cls, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if _state.plain:
             return function(*args)
-        if _state.forward is not None:
-            function = partial(_run, _state.forward, function)
-        return cls.original.apply(function, preserve_rng_state, *args)
+        return _originals[_REENTRANT].apply(_noted(function), preserve_rng_state, *args)
 
 
-def _run(forward: Forward, function: Callable[..., Any], *args: Any) -> Any:
-    with recomputing(forward) if in_backward() else _with(inside=True):
-        return function(*args)
+def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The same for the other kind, whose generator gets the function for the second run."""
+    return _originals[_OTHER](_noted(function), *args, **kwargs)
+
+
+def _run(known: tuple[Forward, ...], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not in_backward():
+        return function(*args, **kwargs)
+    with ExitStack() as stack:
+        stack.enter_context(_standing_in())
+        stack.enter_context(_with(again=known))
+        for forward in known:
+            stack.enter_context(forward.clipper.forwards.leading(forward))
+        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -65,18 +82,21 @@ def _with(**values: Any) -> Iterator[None]:
 
 @contextmanager
 def _standing_in() -> Iterator[None]:
-    with _Checkpoint.lock:
-        if _Checkpoint.uses == 0:
-            _Checkpoint.original = checkpointing.CheckpointFunction
-            setattr(checkpointing, "CheckpointFunction", _Checkpoint)  # noqa: B010 (a type, to mypy)
-        _Checkpoint.uses += 1
+    global _uses
+    with _lock:
+        if _uses == 0:
+            for name, stand_in in ((_REENTRANT, _Checkpoint), (_OTHER, _generator)):
+                _originals[name] = getattr(checkpointing, name)
+                setattr(checkpointing, name, stand_in)
+        _uses += 1
     try:
         yield
     finally:
-        with _Checkpoint.lock:
-            _Checkpoint.uses -= 1
-            if _Checkpoint.uses == 0:
-                setattr(checkpointing, "CheckpointFunction", _Checkpoint.original)  # noqa: B010
+        with _lock:
+            _uses -= 1
+            if _uses == 0:
+                for name, original in _originals.items():
+                    setattr(checkpointing, name, original)
 
 
 @contextmanager
@@ -89,22 +109,10 @@ def differentiable() -> Iterator[None]:
 @contextmanager
 def running(forward: Forward) -> Iterator[None]:
     """Inside, what is checkpointed in this thread belongs to this forward."""
-    with _standing_in(), _with(forward=forward):
+    with _standing_in(), _with(running=(*_state.running, forward)):
         yield
 
 
-@contextmanager
-def recomputing(forward: Forward) -> Iterator[None]:
-    """The same where it runs again: layers find the forward, and compiled code its units."""
-    with running(forward), forward.clipper.forwards.leading(forward):
-        yield
-
-
-def known_forward() -> Forward | None:
-    """In a backward: the forward whose checkpointed part runs again. None if nobody noted it."""
-    return _state.forward if in_backward() else None
-
-
-def is_noted() -> bool:
-    """Whether what runs will be known when it runs again."""
-    return _state.inside
+def known_forward(forwards: Forwards) -> Forward | None:
+    """The one of these forwards whose checkpointed part runs again, in this thread; None if nobody noted it."""
+    return next((f for f in reversed(_state.again) if f.clipper.forwards is forwards), None)

@@ -26,7 +26,7 @@ from fastclip.layers.calls import Catch, caught_by_function, run_caught
 from fastclip.layers.registry import Rule
 from fastclip.layers.site import Site
 from fastclip.layout import Law, packed_rows, primary
-from fastclip.recomputation import is_noted, running
+from fastclip.recomputation import running
 
 if TYPE_CHECKING:
     from fastclip.forward import Forward
@@ -155,8 +155,6 @@ class LayerRoute(Route):
         if in_backward():
             clipper.passes.current()  # recomputation: arms the callback on the outermost backward
         if not torch.is_grad_enabled():
-            if not is_noted() and self.trainable():
-                clipper.forwards.keep_open()
             return self.original(*args, **kwargs)
         if held is not None and (call := self.placed(*args, **kwargs)) is not None:
             held.calls.append(call)

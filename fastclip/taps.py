@@ -2,7 +2,7 @@
 
 It is fp64 ``[B + 1]``, keeps the forward alive, and holds the forward's number in every place: what copies saved tensors, as
 checkpointing does, drops what is only attached to them. Dynamo takes the sizes of what modules hold for constants, and batches
-differ in size; so taps are found by a number, in no module.
+differ in size; so taps are found by a name, in no module. A name is a string: dynamo may take a number for a variable.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from fastclip.forward import Forward
     from fastclip.forwards import Forwards
 
-TAPS: dict[int, Tensor] = {}  # by the number of an attached model's forwards: the tap of the one that runs
+TAPS: dict[str, Tensor] = {}  # by the name of an attached model's forwards: the tap of the one that runs
 _numbers = itertools.count()
 _forwards: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()
 
 
-def new_number(owner: Forwards) -> int:
-    """The number under which compiled code finds this owner's taps, in this process alone."""
-    number = next(_numbers)
-    weakref.finalize(owner, TAPS.pop, number, None)
-    return number
+def new_name(owner: Forwards) -> str:
+    """The name under which compiled code finds this owner's taps, in this process alone."""
+    name = f"{next(_numbers)}"
+    weakref.finalize(owner, TAPS.pop, name, None)
+    return name
 
 
-def lead(number: int, forward: Forward, keep: bool = True) -> None:
+def lead(name: str, forward: Forward, keep: bool = True) -> None:
     """From now on compiled code runs for this forward. keep: as long as its tap is there, or as long as somebody else does."""
     packed = forward.units.unit_of is None
     size = 1 if packed else forward.examples + 1
@@ -38,10 +38,15 @@ def lead(number: int, forward: Forward, keep: bool = True) -> None:
     if keep:
         tap.forward = forward  # type: ignore[attr-defined]
     _forwards[forward.number] = forward
-    TAPS[number] = tap
+    TAPS[name] = tap
 
 
 def forward_of(tap: Tensor) -> Forward | None:
     """The forward of a tap, or of a copy of it; None if it is gone."""
     found: Forward | None = getattr(tap, "forward", None)
     return _forwards.get(int(tap.detach()[0])) if found is None else found
+
+
+def was_kept(tap: Tensor, name: str) -> bool:
+    """Whether a tap is the very one that its forward led by, and leads no more."""
+    return hasattr(tap, "forward") and TAPS[name].data_ptr() != tap.data_ptr()

@@ -20,16 +20,22 @@ LLAMA, GEMMA = LlamaConfig(**SIZES), GemmaConfig(**SIZES)
 class Dropped(LlamaMLP):
     """In training alone it is something else."""
 
+    __module__ = LlamaMLP.__module__
+
     def forward(self, x):
         return super().forward(F.dropout(x, 0.5, self.training))
 
 
 class Doubled(LlamaMLP):
+    __module__ = LlamaMLP.__module__
+
     def forward(self, x):
         return 2 * super().forward(x)
 
 
 class Scaled(LlamaMLP):
+    __module__ = LlamaMLP.__module__
+
     def __init__(self, config):
         super().__init__(config)
         self.scale = nn.Parameter(torch.ones(()))

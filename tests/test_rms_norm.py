@@ -17,7 +17,9 @@ from fastclip.layers.rms_norm import gemma_norm, llama_norm, rms_norm
 
 
 class OwnNorm(nn.Module):
-    """The formula, spelled in a library that nobody knows."""
+    """The formula, as a class that might stand in transformers."""
+
+    __module__ = "transformers.models.own"
 
     def __init__(self, size: int = 6) -> None:
         super().__init__()
@@ -28,22 +30,30 @@ class OwnNorm(nn.Module):
         return self.weight * (wide / (wide.square().mean(-1, keepdim=True) + self.eps).sqrt()).to(x.dtype)
 
 
-class Centred(OwnNorm):
+class CentredNorm(OwnNorm):
+    __module__ = OwnNorm.__module__
+
     def forward(self, x):
         return super().forward(x - x.mean(-1, keepdim=True))
 
 
-class Twice(OwnNorm):
+class TwiceNorm(OwnNorm):
+    __module__ = OwnNorm.__module__
+
     def forward(self, x):
         return super().forward(x) * self.weight
 
 
-class Gated(OwnNorm):
+class GatedNorm(OwnNorm):
+    __module__ = OwnNorm.__module__
+
     def forward(self, x, gate=None):
         return super().forward(x) if gate is None else super().forward(x) * gate
 
 
-class OtherEps(OwnNorm):
+class OtherEpsNorm(OwnNorm):
+    __module__ = OwnNorm.__module__
+
     def forward(self, x):
         self.eps, eps = 1e-3, self.eps
         try:
@@ -52,17 +62,47 @@ class OtherEps(OwnNorm):
             self.eps = eps
 
 
-class Between(OwnNorm):
+class BetweenNorm(OwnNorm):
     """Of examples: another sum than the one over a row."""
+
+    __module__ = OwnNorm.__module__
 
     def forward(self, x):
         return super().forward(x) + 0.0 * self.weight.sum() + x.sum(0) * 1e-3
 
 
-class Buffered(OwnNorm):
+class BufferedNorm(OwnNorm):
+    __module__ = OwnNorm.__module__
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(()))
+
+
+class DetachedNorm(OwnNorm):
+    """The same forward, and other gradients."""
+
+    __module__ = OwnNorm.__module__
+
+    def forward(self, x):
+        wide = x.float()
+        rms = (wide.square().mean(-1, keepdim=True) + self.eps).sqrt().detach()
+        return self.weight * (wide / rms).to(x.dtype)
+
+
+class TrainedNorm(OwnNorm):
+    """In training alone it is something else."""
+
+    __module__ = OwnNorm.__module__
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class ElsewhereNorm(OwnNorm):
+    """From a library that nobody knows, which may do anything on other numbers."""
+
+    __module__ = "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +114,20 @@ class Buffered(OwnNorm):
         (OwnNorm(), llama_norm),
         (nn.RMSNorm(6), rms_norm),
         (T5LayerNorm(6), None),  # multiplies before it rounds
-        *((kind(), None) for kind in (Centred, Twice, Gated, OtherEps, Between, Buffered)),
+        *(
+            (kind(), None)
+            for kind in (
+                CentredNorm,
+                TwiceNorm,
+                GatedNorm,
+                OtherEpsNorm,
+                BetweenNorm,
+                BufferedNorm,
+                DetachedNorm,
+                TrainedNorm,
+                ElsewhereNorm,
+            )
+        ),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else None,
 )
@@ -91,8 +144,35 @@ def test_a_forward_put_in_its_place_is_not_one():
     assert find_rule(module) is None
 
 
+def test_what_changes_is_tried_again():
+    module = GemmaRMSNorm(6)
+    assert find_rule(module) is gemma_norm
+    module._norm = lambda x: x
+    assert find_rule(module) is None
+    module = TrainedNorm().eval()
+    assert find_rule(module) is llama_norm
+    assert find_rule(module.train()) is None
+    module = OwnNorm()
+    assert find_rule(module) is llama_norm
+    module.eps = 1e-3
+    assert find_rule(module) is llama_norm
+    assert find_rule(OwnNorm(1)) is None
+
+
+def test_the_argument_may_be_given_by_name():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[1](x=self[0](x))
+
+    model = Named(nn.Linear(4, 6), OwnNorm())
+    fastclip.attach(model, 1.0)
+    model(torch.randn(5, 4)).square().sum().backward()
+
+
 @pytest.mark.parametrize("users", [None, [0, 1, 0, 2, 1]])
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, nn.RMSNorm, OwnNorm, Centred, Twice, T5LayerNorm])
+@pytest.mark.parametrize(
+    "kind", [LlamaRMSNorm, GemmaRMSNorm, nn.RMSNorm, OwnNorm, CentredNorm, TwiceNorm, DetachedNorm, T5LayerNorm]
+)
 def test_norms_and_sums(kind, users):
     model = nn.Sequential(nn.Linear(4, 6), kind(6), nn.Tanh(), nn.Linear(6, 2))
     nn.init.normal_(model[1].weight)

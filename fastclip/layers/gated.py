@@ -10,17 +10,16 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from fastclip.layers.recognition import Recognition
+
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # Functions of one number each: no state, no random numbers.
 _ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}
-# Whether a module was found to be one, and for which forward.
-_found: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 class _Gated(Function):
@@ -58,11 +57,7 @@ def gated_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     children = dict(module.named_children())
     if set(children) != _CHILDREN or type(children["act_fn"]).__name__ not in _ACTIVATIONS:
         return None
-    forward = type(module).forward
-    known = _found.get(module)
-    if known is None or known[0] is not forward:
-        known = _found[module] = forward, _computes(module)
-    return partial(gated_mlp, module) if known[1] else None
+    return partial(gated_mlp, module) if _RECOGNITION.of(module) else None
 
 
 def _computes(module: nn.Module) -> bool:
@@ -89,3 +84,6 @@ def _computes(module: nn.Module) -> bool:
     finally:
         module.training = before
     return True
+
+
+_RECOGNITION = Recognition(_computes)

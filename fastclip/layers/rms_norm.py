@@ -2,7 +2,7 @@
 
 ``x_hat = x / sqrt(mean(x^2) + eps)`` in fp32, times a gain ``[d]`` (Zhang and Sennrich, NeurIPS 2019). Over a hundred classes
 of transformers are this, some with the gain less one (Gemma). None is known here by name: what looks like one is run beside the
-formula, on numbers of its own, and counts as one where both give the same.
+formula, forward and backward, and counts as one where both give the same (recognition.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.autograd import Function
 
 from fastclip import ops
 from fastclip.dispatch import Backend
+from fastclip.layers.recognition import Recognition
 from fastclip.layers.registry import Rule, register_form, register_layer
 from fastclip.layers.site import Site, wanted
 from fastclip.reference import accumulation_dtype
@@ -40,8 +40,8 @@ def _statistics(x: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulation_dtype(x.dtype))
     dims = tuple(range(x.dim() - count, x.dim()))
     size = x.shape[x.dim() - count :].numel()
-    square = torch.linalg.vector_norm(wide, dim=dims, keepdim=True).square_()
-    return wide, square.div_(size).add_(eps).rsqrt_()
+    square = torch.linalg.vector_norm(wide, dim=dims, keepdim=True).square()
+    return wide, (square / size + eps).rsqrt()
 
 
 class _RMSNorm(Function):
@@ -77,17 +77,17 @@ def rms_norm(site: Site, module: nn.RMSNorm, input: Tensor) -> Tensor:
     return _RMSNorm.apply(input, module.weight, site, eps, _TORCH)
 
 
-def llama_norm(site: Site, module: Any, hidden_states: Tensor) -> Tensor:
-    return _RMSNorm.apply(hidden_states, module.weight, site, _eps(module), _LLAMA)
+def llama_norm(site: Site, module: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    (x,) = (*args, *kwargs.values())  # the argument has a name of its own in every class
+    return _RMSNorm.apply(x, module.weight, site, _eps(module), _LLAMA)
 
 
-def gemma_norm(site: Site, module: Any, x: Tensor) -> Tensor:
+def gemma_norm(site: Site, module: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    (x,) = (*args, *kwargs.values())
     return _RMSNorm.apply(x, module.weight, site, _eps(module), _GEMMA)
 
 
 _FORMS: dict[Rule, _Form] = {llama_norm: _LLAMA, gemma_norm: _GEMMA}
-# What was found for a module, and for which forward.
-_found: WeakKeyDictionary[nn.Module, tuple[Any, Rule | None]] = WeakKeyDictionary()
 
 
 def _eps(module: Any) -> Any:
@@ -100,36 +100,58 @@ def find_norm(module: nn.Module) -> Rule | None:
     names = [name for name, p in module._parameters.items() if p is not None]
     if names != ["weight"] or "norm" not in type(module).__name__.lower() or not isinstance(_eps(module), float):
         return None
-    forward = type(module).forward
-    known = _found.get(module)
-    if known is None or known[0] is not forward:
-        known = _found[module] = forward, next((r for r in _FORMS if _computes(module, r)), None)
-    return known[1]
+    return _RECOGNITION.of(module)
 
 
-def _computes(module: nn.Module, rule: Rule) -> bool:
-    """Whether the module's own forward is the rule's formula: at several sizes of input and gain, in fp32 and in bf16."""
+def _rule_of(module: nn.Module) -> Rule | None:
     weight, names = module._parameters["weight"], list(inspect.signature(type(module).forward).parameters)
     plain = not any(True for _ in module.children()) and not any(True for _ in module.buffers())
-    if weight is None or weight.dim() != 1 or len(names) != 2 or weight.device.type == "meta" or not plain:
-        return False
+    if weight is None or weight.dim() != 1 or len(weight) == 1 or len(names) != 2 or weight.is_meta or not plain:
+        return None
     generator = torch.Generator().manual_seed(0)
-    for scale, dtype in ((1.0, torch.float32), (1e-3, torch.float32), (30.0, torch.float32), (1.0, torch.bfloat16)):
-        x = (scale * torch.randn(2, 3, weight.numel(), generator=generator)).to(weight.device, dtype)
-        gain = torch.randn(weight.numel(), generator=generator).to(weight.device)
-        module.__dict__["weight"] = gain
-        try:
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                found = type(module).forward(module, x)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            return False
-        finally:
-            del module.__dict__["weight"]
+    inputs = []
+    for shape, scale, dtype in (
+        ((2, 5), 1.0, torch.float32),
+        ((2, 7), 1.0, torch.bfloat16),
+        ((2, 5), 1e-3, torch.float32),
+        ((3,), 30.0, torch.float32),
+        ((2, 3, 4), 1e3, torch.float32),
+    ):
+        x, gain = torch.randn(*shape, len(weight), generator=generator), torch.randn(len(weight), generator=generator)
+        inputs.append(((scale * x).to(weight.device, dtype), gain.to(weight.device)))
+    return next((rule for rule in _FORMS if all(_computes(module, rule, x, gain) for x, gain in inputs)), None)
+
+
+_RECOGNITION = Recognition(_rule_of)
+
+
+def _computes(module: nn.Module, rule: Rule, x: Tensor, gain: Tensor) -> bool:
+    """Whether the module's own forward is the rule's formula here, and its gradients are."""
+
+    def formula() -> Tensor:
         wide, rstd = _statistics(x, 1, _eps(module))
-        expected = _FORMS[rule].apply(wide * rstd, gain, dtype)
-        if not isinstance(found, Tensor) or found.dtype != expected.dtype or found.shape != expected.shape:
-            return False
-        # x_hat is rounded to bf16 before or after the gain: that is 0.4 % of a value, and one value in many.
-        if not torch.allclose(found, expected, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=1e-6):
-            return False
-    return True
+        return _FORMS[rule].apply(wide * rstd, gain, x.dtype)
+
+    x, gain = x.requires_grad_(), gain.requires_grad_()
+    module.__dict__["weight"] = gain
+    try:
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            found, expected = type(module).forward(module, x), formula()
+            if not isinstance(found, Tensor) or found.dtype != expected.dtype or found.shape != expected.shape:
+                return False
+            g = torch.linspace(-1, 1, found.numel(), device=x.device).view(found.shape).to(found.dtype)
+            pairs = [(found, expected)]
+            pairs += zip(
+                torch.autograd.grad(found, (x, gain), g), torch.autograd.grad(expected, (x, gain), g), strict=True
+            )
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False
+    finally:
+        del module.__dict__["weight"]
+    # x_hat is rounded to bf16 before the gain or after it: 0.4 % of a value.
+    tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
+    scales = [float(y.detach().abs().max()) for _, y in pairs]
+    return all(
+        torch.allclose(y, z, rtol=tolerance, atol=tolerance * scale)
+        for (y, z), scale in zip(pairs, scales, strict=True)
+    ) and (x.dtype == torch.float32 or torch.allclose(found, expected, rtol=2e-3, atol=1e-6))
