@@ -18,7 +18,7 @@ using Pair = uint32_t;  // elements t and t + 1, the first in the lower half
 constexpr int64_t kHeight = packed::kHeight, kWidth = packed::kWidth<float>, kDepth = packed::kDepth;
 
 inline bool faster() {
-  static const bool has = capability() == Capability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool has = packed::faster() && __builtin_cpu_supports("avx512bf16");
   return has;
 }
 
