@@ -51,14 +51,14 @@ class Forwards:
 
         Of a recomputation that nobody noted it is :class:`fastclip.forward.Unknown`: it may run, and enter nothing.
         """
-        if self.running:
-            return self.running[-1]
-        if in_backward():
+        if in_backward():  # also while a forward runs, whose code may call backward() for an earlier one
             known = known_forward(self)
             if known is not None:
                 return known
             if self.last is not None:
                 return Unknown(self.last, layer)
+        if self.running:
+            return self.running[-1]
         raise RuntimeError(
             f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
         )
@@ -69,7 +69,7 @@ class Forwards:
         In backward the tap is its own if the graph has kept it since the forward: what runs again by a call of its own gets
         the one that leads, in whatever thread.
         """
-        if not self.running and in_backward():
+        if in_backward():
             if known_forward(self) is not forward and not was_kept(tap, self.name):
                 raise RuntimeError(UNKNOWN.format(layer=layer))
         elif not self.running or self.running[-1] is not forward:

@@ -153,6 +153,36 @@ def test_a_layer_in_what_another_model_checkpoints(reentrant):
     assert size(model) <= 0.5 * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("how", ["reentrant", "other", "foreign"])
+def test_a_backward_inside_another_forward(how):
+    """What runs again there is the earlier forward's, not that of the forward that runs."""
+
+    class Stops(Nested):
+        between = None
+
+        def forward(self, x):
+            if self.between is not None:
+                between, self.between = self.between, None
+                between.backward()
+            return super().forward(x)
+
+    model = Stops(1, how)
+    model.head.requires_grad_(False)
+    clipper = fastclip.attach(model, 0.5, strict=False)
+    with clipper.units(ids=[0] * 4):
+        first = model(inputs(4)).sum()
+    model(inputs(4, 2))  # tried, so that the next forward is no trial
+    model.between = first
+    with clipper.units(ids=[1, 2, 3, 4]):
+        if how == "foreign":
+            with pytest.raises(RuntimeError, match="checkpoint with torch"):
+                model(inputs(4, 1))
+            return
+        model(inputs(4, 1))
+    assert len(clipper.unit_norms) == 1
+    assert size(model) <= 0.5 * (1 + 1e-5)
+
+
 def test_two_threads_in_backwards_through_one_forward():
     """Each would clip its half of a unit's gradient."""
 

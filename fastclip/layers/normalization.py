@@ -58,7 +58,7 @@ class _LayerNorm(Function):
 
 def _is_fused(x: Tensor, shape: tuple[int, ...]) -> bool:
     """Where one kernel reads x and g once for all gradients; on a GPU rows have to fit a program (kernels/layer_norm.py)."""
-    return dispatch.cpp_missing is None if x.device.type == "cpu" else torch.Size(shape).numel() <= 8192
+    return dispatch.cpp_missing is None if x.device.type == "cpu" else x.is_cuda and torch.Size(shape).numel() <= 8192
 
 
 def _fused(

@@ -1,6 +1,6 @@
 """RMSNorm, as torch and the models of transformers write it.
 
-``x_hat = x / sqrt(mean(x^2) + eps)`` in fp32, times a gain ``[d]`` (Zhang and Sennrich, NeurIPS 2019). Over a hundred classes
+``x_hat = x / sqrt(mean(x^2) + eps)`` in fp32, times a gain ``[d]`` (Zhang and Sennrich, NeurIPS 2019). Many classes
 of transformers are this, some with the gain less one (Gemma). None is known here by name: what looks like one is run beside the
 formula, forward and backward, and counts as one where both give the same (recognition.py).
 """
