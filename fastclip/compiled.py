@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from fastclip.layer_operators import LINEAR, NUMBER, TENSOR, new_call
-from fastclip.layers.attention import Projection, attend, in_one_matrix, multihead_attention
+from fastclip.layer_operators import LINEAR, NUMBER, TENSOR, adapters, new_call
+from fastclip.layers.attention import attend, multihead_attention
 from fastclip.layers.bare import params_of
 from fastclip.layers.calls import Catch
 from fastclip.layers.convolution import convolution
+from fastclip.layers.dora import dora, dora_linear
 from fastclip.layers.embedding import embedding_bag_layer, embedding_layer
 from fastclip.layers.normalization import group_norm, instance_norm, layer_norm
+from fastclip.layers.projection import Projection
+from fastclip.layers.recurrent import linear_parts, recurrent_layer
 from fastclip.layers.rms_norm import gemma_norm, llama_norm, rms_norm
 from fastclip.layers.site import autocast_input
 from fastclip.layout import Law
@@ -84,8 +87,10 @@ def is_operator(route: LayerRoute, law: Law | None) -> bool:
     """
     if law is None:
         return False
-    if route.rule is multihead_attention:
-        return law.dim is not None and in_one_matrix(cast(nn.MultiheadAttention, route.module))
+    if route.rule is dora_linear:  # the base layer's parameters are not among the operator's
+        return law.dim == 0 and not any(p.requires_grad for p in cast(Any, route.module).base_layer.parameters())
+    if route.rule in (multihead_attention, recurrent_layer):
+        return law.dim is not None
     return route.caught if route.rule is None else route.rule in _OPERATORS
 
 
@@ -97,8 +102,12 @@ def traced(route: LayerRoute, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return _outside(route, args, kwargs)
     if route.rule is multihead_attention:
         return _attention(route, *args, **kwargs)
+    if route.rule is recurrent_layer:
+        return _recurrent(route, *args, **kwargs)
+    if route.rule is dora_linear:
+        return dora(_Parts(route), route.module, adapters(route.key), *args, **kwargs)
     if route.caught:
-        with Catch(route.module.weight, partial(_caught, route)):  # type: ignore[arg-type]
+        with Catch([route.module.weight], partial(_caught, route)):  # type: ignore[list-item]
             return route.original(*args, **kwargs)
     if any(_place(x) is None for x in (*args, *kwargs.values())):
         return _outside(route, args, kwargs)
@@ -137,16 +146,42 @@ def _operator(route: LayerRoute, tensors: list[Tensor], numbers: list[int], call
     )
 
 
+class _Parts:
+    """A layer's parts as operators; what stands between them is the compiler's. Their inputs count examples in dim 0."""
+
+    def __init__(self, route: LayerRoute) -> None:
+        self._route = route
+
+    def linear(self, x: Tensor, which: Projection) -> Tensor:
+        return _operator(self._route, [x], [], new_call(self._route.key, (TENSOR,), (), tuple(which), None), True)
+
+    def copies(self, name: str, like: Tensor) -> Tensor:
+        which = tuple(Projection(name, copies=True))
+        rows = like.new_zeros((like.shape[0], 0))
+        return _operator(self._route, [rows], [], new_call(self._route.key, (TENSOR,), (), which, None), False)
+
+
 def _attention(route: LayerRoute, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Its projections are operators, and what stands between them is the compiler's."""
     if query.dim() != 3 or len(args) > 4 or kwargs.get("is_causal"):
         return _outside(route, (query, key, value, *args), kwargs)
-
-    def project(x: Tensor, which: Projection) -> Tensor:
-        return _operator(route, [x], [], new_call(route.key, (TENSOR,), (), tuple(which), None), True)
-
     module = cast(nn.MultiheadAttention, route.module)
-    return attend(module, project, None, route.time_major, query, key, value, *args, **kwargs)
+    return attend(module, _Parts(route), route.time_major, query, key, value, *args, **kwargs)
+
+
+def _recurrent(route: LayerRoute, input: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(input, Tensor):  # packed: which rows are whose is known only as it runs
+        return _outside(route, (input, *args), kwargs)
+    names, layers = linear_parts(route.module)
+    parts = _Parts(route)
+
+    def run(_func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        for name, layer in zip(names, layers, strict=True):
+            if layer.weight is weight and layer.bias is bias:
+                return parts.linear(x, Projection(f"{name}.weight", None if bias is None else f"{name}.bias"))
+        raise NotImplementedError(f"{route.name}: a cell runs with another bias than its own: compile without it")
+
+    with Catch([layer.weight for layer in layers], run):
+        return route.original(input, *args, **kwargs)
 
 
 @_disable_dynamo

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.backward import in_backward
-from fastclip.layers.attention import Projection
 from fastclip.layers.bare import params_of, shadowed
+from fastclip.layers.dora import magnitudes
 from fastclip.layers.linear import conv1d_layer, enter_product, linear_layer
+from fastclip.layers.projection import Projection
 from fastclip.layers.site import Site, will_execute
 from fastclip.taps import forward_of
 
@@ -112,8 +113,13 @@ def new_call(
     return len(calls) - 1
 
 
+def adapters(key: str) -> tuple[str, ...]:
+    """Called while dynamo traces: which adapters the route's layer follows."""
+    return magnitudes(_routes[key].module)
+
+
 # As torch._dynamo.assume_constant_result, which would import all of dynamo here.
-new_call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+new_call._dynamo_marked_constant = adapters._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find(key: str, tap: Tensor, params: Sequence[Tensor]) -> tuple[LayerRoute, Forward]:
@@ -137,13 +143,14 @@ def _ambient(device: str, dtype: torch.dtype | None) -> AbstractContextManager[A
 
 
 class _Product(NamedTuple):
-    """A linear layer: where its rows are (None where nothing of it is trained), and its parameters."""
+    """A linear layer: where its rows are (None where nothing of it is trained), its parameters, and which rows of them."""
 
     site: Site | None
     weight: Tensor
     bias: Tensor | None
     transposed: bool
-    block: slice | None
+    blocks: tuple[slice | None, slice | None] = (None, None)
+    copies: bool = False
 
 
 def _product(route: LayerRoute, forward: Forward, call: Call, x: Tensor) -> _Product | None:
@@ -153,16 +160,17 @@ def _product(route: LayerRoute, forward: Forward, call: Call, x: Tensor) -> _Pro
         rows, examples = x.shape[0], forward.examples
         if rows % max(examples, 1):
             raise ValueError(f"{route.name}: its input has {rows} rows for {examples} examples")
-        weight, bias, block = call.projection.of(module)
-        return _Product(Site(forward, route.name, rows), weight, bias, False, block)
+        which = call.projection
+        return _Product(
+            Site(forward, route.name, rows), *which.parameters(module), which.transposed, which.blocks(), which.copies
+        )
     held = route.placed_in(forward, x) if route.rule in LINEAR else None
-    return held and _Product(held.site, module.weight, module.bias, route.rule is conv1d_layer, None)
+    return held and _Product(held.site, module.weight, module.bias, route.rule is conv1d_layer)
 
 
 def _run(route: LayerRoute, forward: Forward, call: Call, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
     if call.projection is not None:
-        weight, bias, block = call.projection.of(cast(nn.MultiheadAttention, route.module))
-        return _projected(tensors[0], weight, bias, block)
+        return _projected(route.module, call.projection, tensors[0])
     args, kwargs = call.arguments(tensors, numbers)
     if call.caught is not None:
         return route.run_caught(forward, call.caught, *_with_weight(route, call.caught, args), **kwargs)
@@ -177,10 +185,13 @@ def _with_weight(route: LayerRoute, caught: Callable[..., Any], args: tuple[Any,
     return args[0], module.weight, *args[1:]
 
 
-def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, block: slice | None) -> Tensor:
-    if block is None:
-        return F.linear(x, weight, bias)
-    return F.linear(x, weight[block], None if bias is None else bias[block])
+def _projected(module: nn.Module, which: Projection, x: Tensor) -> Tensor:
+    (weight, bias), (block, bias_block) = which.parameters(module), which.blocks()
+    if which.copies:
+        return weight.expand(x.shape[0], *weight.shape)
+    weight = weight if block is None else weight[block]
+    bias = bias if bias is None or bias_block is None else bias[bias_block]
+    return F.linear(x, weight.mT if which.transposed else weight, bias)
 
 
 def _layer(
@@ -213,7 +224,7 @@ def _layer_fake(
     found = route.calls[call]
     with torch.no_grad(), _ambient(tensors[0].device.type, autocast), shadowed(route.targets, params):
         if found.projection is not None:
-            return _projected(tensors[0], *found.projection.of(cast(nn.MultiheadAttention, route.module))).contiguous()
+            return _projected(route.module, found.projection, tensors[0]).contiguous()
         args, kwargs = found.arguments(tensors, numbers)
         if route.spread:
             args, kwargs = route.spread_out(args, kwargs, tap.shape[0] - 1)
@@ -256,14 +267,18 @@ def _is_filled(param: Tensor) -> bool:
 
 def _through_product(of: _Product, g: Tensor, x: Tensor, filling: list[nn.Parameter], input_grad: bool) -> Tensor:
     """Backward of a linear layer, from its input alone."""
+    block, bias_block = of.blocks
     if of.site is not None:
         if any(of.weight is p for p in filling):
-            enter_product(of.site, of.weight, x, g, of.transposed, of.block)
+            if of.copies:
+                of.site.enter_sum(of.weight, g)
+            else:
+                enter_product(of.site, of.weight, x, g, of.transposed, block)
         if any(of.bias is p for p in filling):
-            of.site.enter_sum(cast(Tensor, of.bias), g, block=of.block)
+            of.site.enter_sum(cast(Tensor, of.bias), g, block=bias_block)
     if not input_grad:
         return x.new_empty(0)
-    weight = (of.weight if of.block is None else of.weight[of.block]).to(g.dtype)
+    weight = (of.weight if block is None else of.weight[block]).to(g.dtype)
     return torch.matmul(g, weight.mT if of.transposed else weight).to(x.dtype)
 
 

@@ -15,7 +15,8 @@ from fastclip.heap import give_back
 from fastclip.layers.site import no_autocast
 from fastclip.layout import Law, call_key, flatten_call
 from fastclip.routing import CALL, LayerRoute
-from fastclip.trial import Probe, trial
+from fastclip.trial import Probe
+from fastclip.trial_modes import trial
 from fastclip.units import PrivacyUnits
 
 Laws = Mapping[str, Law]
@@ -101,7 +102,7 @@ class Layouts:
         self.probe = probe
         try:
             # What somebody compiled would not tell the trial what its layers get.
-            with eagerly, trial(self._model, probe):
+            with eagerly, trial(self._model, probe.restore):
                 if packed is not None:
                     probe.check_packed(packed, targets, self._strict)
                     return

@@ -195,14 +195,14 @@ class LayerRoute(Route):
         probe = self.clipper.layouts.probe
         if not self.caught or probe is None:
             return self.original(*args, **kwargs)
-        with Catch(self.module.weight, lambda func, *a, **k: probe.see(self.name + CALL, func, (a, k))):  # type: ignore[arg-type]
+        with Catch([self.module.weight], lambda func, *a, **k: probe.see(self.name + CALL, func, (a, k))):  # type: ignore[list-item]
             return self.original(*args, **kwargs)
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (law := forward.laws.get(self.name)) is not None and law.idle:
             return self.original(*args, **kwargs)
         if self.caught:
-            with Catch(self.module.weight, partial(self.run_caught, forward)):  # type: ignore[arg-type]
+            with Catch([self.module.weight], partial(self.run_caught, forward)):  # type: ignore[list-item]
                 return self.original(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         first = self._speaking(leaves, args, kwargs)

@@ -14,7 +14,6 @@ and its changes do not have.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +31,18 @@ from fastclip.layers.bare import Targets
 from fastclip.layout import Law, find_law, growing_dim, packed_dim, packed_rows, padded
 from fastclip.recomputation import differentiable
 from fastclip.trial_modes import NoDropout, Picks
-from fastclip.trial_values import OTHER_SHAPE, SAME_SHAPE, adds_up, change, is_float, output_leaves, rows_same, shorter
+from fastclip.trial_values import (
+    OTHER_SHAPE,
+    SAME_SHAPE,
+    adds_up,
+    change,
+    in_common,
+    is_float,
+    longest_cut,
+    output_leaves,
+    rows_same,
+    shorter,
+)
 from fastclip.units import PrivacyUnits
 
 
@@ -92,7 +102,7 @@ class Probe:
         # Some models write into their inputs.
         args, kwargs = tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in inputs], self._spec)
         self._seen, self._keep = {}, keep
-        self._restore()
+        self.restore()
         torch.manual_seed(0)
         try:
             with NoDropout(), self._picks:
@@ -109,7 +119,7 @@ class Probe:
         self._left = {name: b.clone() for name, b in self._model.named_buffers()}
         return output_leaves(padded(out), set())
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
         for name, b in self._model.named_buffers():
             if name in self._buffers and not torch.equal(b, self._buffers[name]):
                 b.copy_(self._buffers[name])
@@ -221,6 +231,7 @@ class Probe:
                 raise ValueError(
                     "the model writes what it sees into a buffer, which would be published without noise: do not"
                 )
+        self._check_lengths()
         self._check_additive()
         self._check_whole_batch()
         self._check_backward()
@@ -254,6 +265,22 @@ class Probe:
             dim = growing_dim(small, x)
             if dim is not None and not rows_same(x, y, dim, others):
                 raise ValueError("examples are not independent: changing one changed the output of another")
+
+    def _check_lengths(self) -> None:
+        """How long the longest example is must not reach the others, as padding to it would."""
+        found = longest_cut(self._names, self._inputs(3, (), ()), self._batched)
+        if found is not None:
+            out, others = self._call(found[0], None), [i for i in range(3) if i != found[1]]
+            for small, x, y in zip(self._small_out, self._plain_out, out, strict=True):
+                self._need_same(small, x, y, others)
+
+    def _need_same(self, small: Any, x: Any, y: Any, others: Sequence[int]) -> None:
+        dim = growing_dim(small, x)
+        if dim is not None and not rows_same(*in_common(x, y, dim), dim, others, OTHER_SHAPE):
+            raise ValueError(
+                "examples are not independent: how long another one is changes an example's output (padding that is not "
+                "masked): leave out what stands behind an example's end"
+            )
 
     def _check_additive(self) -> None:
         """Losses that the model computes itself: changing two examples changes them by what changing each does."""
@@ -313,7 +340,16 @@ class Probe:
                 return x[:0] if x.dim() else x
             return x.narrow(law.dim, 0, 3 * (x.shape[law.dim] // examples))
 
-        self._call(self._leaves, first_three)
+        out = self._call(self._leaves, first_three)
+        for small, x, y in zip(self._small_out, self._plain_out, out, strict=True):
+            dim = growing_dim(small, x)
+            if (
+                dim is not None
+                and isinstance(y, Tensor)
+                and y.dim() == x.dim()
+                and y.shape[dim] == examples * x.shape[dim] // 3
+            ):
+                self._need_same(small, x, y.narrow(dim, 0, x.shape[dim]), range(3))
         for name, calls in self._plain_seen.items():
             for old, new in zip(calls, self._seen.get(name, []), strict=False):
                 for x, y in zip(old, new, strict=False):
@@ -459,16 +495,3 @@ def _weigh_rows(dims: Sequence[int | None], changed: Sequence[int], leaf: int, x
 
 def _weigh_packed(rows: int, changed: Sequence[int], _leaf: int, x: Tensor) -> Tensor:
     return weights(x, packed_dim(x, rows), rows, changed)
-
-
-@contextmanager
-def trial(model: nn.Module, probe: Probe) -> Iterator[None]:
-    """No gradients inside; random state and buffers are as they were behind it."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-        warnings.filterwarnings("ignore", message=".*use_reentrant.*")
-        try:
-            yield
-        finally:
-            probe._restore()

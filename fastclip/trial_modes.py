@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,3 +43,16 @@ class Picks(TorchDispatchMode):
         elif packet is torch.ops.aten.index:
             self.seen |= any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def trial(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
+    """No gradients inside; random state, and by ``restore`` buffers, are as they were behind it."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        warnings.filterwarnings("ignore", message=".*use_reentrant.*")
+        try:
+            yield
+        finally:
+            restore()

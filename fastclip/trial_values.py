@@ -64,6 +64,24 @@ def shorter(leaves: Sequence[Any], batched: Sequence[bool], batch_dim: int) -> l
     return out
 
 
+def longest_cut(names: Sequence[str], leaves: Sequence[Any], batched: Sequence[bool]) -> tuple[list[Any], int] | None:
+    """The call of three examples with the longest one as short as the next, in its lengths alone, and which one it is.
+
+    None where no argument holds lengths ``[3]``, or where no one example is the longest. Their order stays.
+    """
+    cut, which = list(leaves), None
+    for i, (name, x, is_batched) in enumerate(zip(names, leaves, batched, strict=True)):
+        if not is_batched or "length" not in name or x.dim() != 1 or x.is_floating_point() or x.dtype == torch.bool:
+            continue
+        lengths, order = x.sort()
+        at = int(order[-1])
+        if lengths[-1] == lengths[-2] or which not in (None, at):
+            continue
+        cut[i], which = x.clone(), at
+        cut[i][at] = lengths[-2]
+    return None if which is None else (cut, which)
+
+
 def is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -93,6 +111,17 @@ def output_leaves(out: Any, inside: set[int]) -> list[Any]:
     if not parts and isinstance(out, list | tuple | set | frozenset):
         parts = list(out)
     return [leaf for part in parts for leaf in output_leaves(part, inside | {id(out)})] if parts else [out]
+
+
+def in_common(x: Tensor, y: Any, batch_dim: int) -> tuple[Tensor, Any]:
+    """Both as far as both go in every dimension but the batch's: what pads its output pads it for the longest example."""
+    if not isinstance(y, Tensor) or x.dim() != y.dim():
+        return x, y
+    for dim in range(x.dim()):
+        if dim != batch_dim:
+            size = min(x.shape[dim], y.shape[dim])
+            x, y = x.narrow(dim, 0, size), y.narrow(dim, 0, size)
+    return x, y
 
 
 def rows_same(x: Tensor, y: Any, dim: int | None, examples: Sequence[int], tolerance: float = SAME_SHAPE) -> bool:

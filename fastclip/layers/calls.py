@@ -6,7 +6,7 @@ or ``F.linear(x, weight, bias)`` inside it is caught and goes through the tape. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,17 +19,17 @@ from fastclip.layers.site import Site
 
 
 class Catch(TorchFunctionMode):
-    """While it lasts, ``F.embedding`` and ``F.linear`` on ``weight`` become ``run(function, input, *rest)``."""
+    """While it lasts, ``F.embedding`` and ``F.linear`` on one of the weights become ``run(function, input, weight, *rest)``."""
 
-    def __init__(self, weight: Tensor, run: Callable[..., Any]) -> None:
+    def __init__(self, weights: Sequence[Tensor], run: Callable[..., Any]) -> None:
         super().__init__()
-        self._weight, self._run = weight, run
+        self._weights, self._run = weights, run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (F.embedding, F.linear):
             values = (*args, *(kwargs.pop(key) for key in ("input", "weight") if key in kwargs))
-            if len(values) > 1 and values[1] is self._weight:
+            if len(values) > 1 and any(values[1] is w for w in self._weights):
                 return self._run(func, *values, **kwargs)
         return func(*args, **kwargs)
 

@@ -7,7 +7,7 @@ the part that holds the magnitude. Convolutions need no rule: their norm is foun
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,36 +15,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastclip.layers.linear import linear, linear_layer
+from fastclip.layers.linear import linear_layer
+from fastclip.layers.projection import Follow, Followed, Projection
 from fastclip.layers.registry import find_rule, register_layer
 from fastclip.layers.site import Site
 
 _MAGNITUDE = ("peft.tuners.lora.dora", "DoraLinearLayer")
 
 
-def _followed(module: Any) -> dict[str, nn.Module]:
-    """The layers that hold magnitudes, by name of their adapter."""
-    found = {}
+def magnitudes(module: Any) -> tuple[str, ...]:
+    """The adapters whose magnitudes are followed."""
+    found = []
     for name, layer in module.lora_magnitude_vector.items():
         factors = (module.lora_A[name], module.lora_B[name])
         own = (type(layer).__module__, type(layer).__qualname__) == _MAGNITUDE and "forward" not in layer.__dict__
         if own and all(find_rule(factor) is linear_layer for factor in factors):
-            found[name] = layer
-    return found
+            found.append(name)
+    return tuple(found)
 
 
 def _parts(module: Any) -> Iterable[nn.Module]:
-    for name, layer in _followed(module).items():
-        yield from (module.lora_A[name], module.lora_B[name], layer)
+    for name in magnitudes(module):
+        yield from (module.lora_A[name], module.lora_B[name], module.lora_magnitude_vector[name])
 
 
-class _Followed:
-    """A layer of PEFT as its own forward sees it, but for the magnitudes, which are followed by the tape."""
+class _WithParts:
+    """A layer of PEFT as its own forward sees it, but for the magnitudes, which ``parts`` follows."""
 
-    def __init__(self, site: Site, module: Any) -> None:
+    def __init__(self, parts: Follow, module: Any, names: Sequence[str]) -> None:
         self._module = module
-        followed = {name: partial(_scaled, site, layer) for name, layer in _followed(module).items()}
-        self.lora_magnitude_vector = {**module.lora_magnitude_vector, **followed}
+        held = module.lora_magnitude_vector
+        followed = {name: partial(_scaled, parts, name, held[name]) for name in names}
+        self.lora_magnitude_vector = {**held, **followed}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -57,11 +59,17 @@ class _Followed:
 )
 def dora_linear(site: Site, module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """peft's Linear with an adapter of DoRA; with others it owns nothing, and its parts are followed one by one."""
-    return type(module).forward(_Followed(site, module), x, *args, **kwargs)
+    return dora(Followed(site, module), module, magnitudes(module), x, *args, **kwargs)
+
+
+def dora(parts: Follow, module: Any, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's forward. parts: how what is trained in it runs; names: :func:`magnitudes`."""
+    return type(module).forward(_WithParts(parts, module, names), x, *args, **kwargs)
 
 
 def _scaled(
-    site: Site,
+    parts: Follow,
+    adapter: str,
     layer: Any,
     x: Tensor,
     *,
@@ -79,11 +87,13 @@ def _scaled(
     weight, bias = base_layer.weight, base_layer.bias
     with torch.no_grad():
         delta = (lora_B.weight @ lora_A.weight).to(x.dtype)
-        norm = layer.get_weight_norm(weight=weight.to(x.dtype), lora_weight=delta, scaling=scaling)  # [p]
+        # Detached, because PEFT makes a parameter of a transposed parameter, which compilers do not trace.
+        norm = layer.get_weight_norm(weight=weight.detach().to(x.dtype), lora_weight=delta, scaling=scaling)  # [p]
     middle = [1] * (x.dim() - 2)
 
-    def copies(param: Tensor) -> Tensor:
-        return site.per_unit(param).reshape(site.rows, *middle, -1)
+    def copies(name: str) -> Tensor:
+        found = parts.copies(name, x)
+        return found.reshape(found.shape[0], *middle, -1)
 
     if base_result is None:
         if not weight.requires_grad:
@@ -93,9 +103,14 @@ def _scaled(
             # PEFT makes a parameter of the transposed weight, and so the weight gets nothing from here.
             base_result = F.linear(x, weight.detach().mT)
         else:
-            base_result = linear(site, x, weight, None, transposed=layer.fan_in_fan_out)
+            base_result = parts.linear(x, Projection("base_layer.weight", transposed=layer.fan_in_fan_out))
     elif bias is not None:
-        base_result = base_result - (copies(bias) if bias.requires_grad else bias)
-    update = linear(site, linear(site, x, lora_A.weight, lora_A.bias), lora_B.weight, lora_B.bias)
-    scale = copies(layer.weight) / norm
+        base_result = base_result - (copies("base_layer.bias") if bias.requires_grad else bias)
+    update = parts.linear(x, _linear_part(f"lora_A.{adapter}", lora_A))
+    update = parts.linear(update, _linear_part(f"lora_B.{adapter}", lora_B))
+    scale = copies(f"lora_magnitude_vector.{adapter}.weight") / norm
     return (scale - 1) * base_result + scale * update * scaling
+
+
+def _linear_part(name: str, layer: nn.Linear) -> Projection:
+    return Projection(f"{name}.weight", None if layer.bias is None else f"{name}.bias")

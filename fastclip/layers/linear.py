@@ -28,9 +28,9 @@ class _Linear(Function):
         site: Site,
         params: tuple[Tensor, Tensor | None],
         transposed: bool,
-        block: slice | None,
+        blocks: tuple[slice | None, slice | None],
     ) -> Tensor:
-        ctx.site, ctx.params, ctx.transposed, ctx.block, ctx.input_dtype = site, params, transposed, block, x.dtype
+        ctx.site, ctx.params, ctx.transposed, ctx.blocks, ctx.input_dtype = site, params, transposed, blocks, x.dtype
         x, weight = autocast_input(x), autocast_input(weight)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(weight, x)
@@ -50,9 +50,9 @@ class _Linear(Function):
             if ctx.needs_input_grad[0]:
                 dx = torch.matmul(g, weight.mT if ctx.transposed else weight).to(ctx.input_dtype)
             if wanted(ctx, 1):
-                enter_product(ctx.site, w, saved[0], g, ctx.transposed, ctx.block)
+                enter_product(ctx.site, w, saved[0], g, ctx.transposed, ctx.blocks[0])
             if b is not None and wanted(ctx, 2):
-                ctx.site.enter_sum(b, g, block=ctx.block)
+                ctx.site.enter_sum(b, g, block=ctx.blocks[1])
         return dx, None, None, None, None, None, None
 
 
@@ -72,11 +72,12 @@ def linear(
     bias: Tensor | None,
     transposed: bool = False,
     block: slice | None = None,
+    bias_block: slice | None = None,
 ) -> Tensor:
-    """``x W^T + b`` with W and b, or their rows ``block``, followed by the tape."""
+    """``x W^T + b`` with W and b, or these rows of them, followed by the tape."""
     w = weight if block is None else weight[block]
-    b = bias if block is None or bias is None else bias[block]
-    return _Linear.apply(x, w, b, site, (weight, bias), transposed, block)
+    b = bias if bias_block is None or bias is None else bias[bias_block]
+    return _Linear.apply(x, w, b, site, (weight, bias), transposed, (block, bias_block))
 
 
 @register_layer(nn.Linear, norm="Gram, or the gradient itself where that is smaller")

@@ -25,6 +25,13 @@ def _cells(module: Any) -> list[nn.Module]:
     return [layer for cell in module.cells for layer in (cell.ih, cell.hh)]
 
 
+def linear_parts(module: Any) -> tuple[list[str], list[Any]]:
+    """The linear layers of its cells: names from the module on, and themselves."""
+    own = _cells(module)
+    found = {layer: name for name, layer in module.named_modules()}
+    return [found[layer] for layer in own], own
+
+
 def _sequences(input: Tensor | PackedSequence, state_init: Any = None) -> Tensor:
     if isinstance(input, PackedSequence):
         examples = int(input.batch_sizes[0])
