@@ -28,11 +28,10 @@ Rows<T> gathered(const Rows<T>& x, const std::vector<int64_t>& kept, Buffer<T>& 
   return {to, x.columns, x.columns};
 }
 
-#if defined(__x86_64__)
 // bf16 rows of units that are not short: the unit's factor multiplies fp32 sums, and rows stay as they are.
 constexpr int64_t kLongUnit = 32;
 
-void products_of_pairs(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
+void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
                        const std::vector<double>& factors, bool accumulate, float* out, int64_t stride) {
   const bool along_p = g.columns >= a.columns;
   const int64_t longer = std::max(a.columns, g.columns), units = bounds.size() - 1;
@@ -46,14 +45,13 @@ void products_of_pairs(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& 
       if (!k || factor == 0) continue;
       const View<c10::BFloat16> left{g.row(start), 1, g.stride}, right{a.row(start), a.stride, 1};
       if (along_p)
-        pairs::multiply(s.narrow, count, a.columns, k, left.at(first, 0), right, factor, add, out + first * stride, stride, false);
+        halves::multiply(s.narrow, count, a.columns, k, left.at(first, 0), right, factor, add, out + first * stride, stride, false);
       else
-        pairs::multiply(s.narrow, g.columns, count, k, left, right.at(0, first), factor, add, out + first, stride, false);
+        halves::multiply(s.narrow, g.columns, count, k, left, right.at(0, first), factor, add, out + first, stride, false);
       add = true;
     }
   });
 }
-#endif
 
 template <class Out, class A, class G>
 void products(const Rows<A>& all_a, const Rows<G>& all_g, const std::vector<int64_t>& kept, const std::vector<Out>& factors,
@@ -101,11 +99,9 @@ void launch(const Tensor& a_in, const Tensor& g_in, const std::vector<int64_t>& 
       using G = decltype(g_zero);
       const Rows<A> left = rows_of<A>(a_dense);
       const Rows<G> right = rows_of<G>(g_dense);
-#if defined(__x86_64__)
       if constexpr (std::is_same_v<A, c10::BFloat16> && std::is_same_v<G, c10::BFloat16> && std::is_same_v<Out, float>)
-        if (pairs::faster() && static_cast<int64_t>(kept.size()) >= kLongUnit * units_with_rows)
-          return products_of_pairs(left, right, bounds, by_unit, accumulate, to, stride);
-#endif
+        if (halves::faster() && static_cast<int64_t>(kept.size()) >= kLongUnit * units_with_rows)
+          return products_of_halves(left, right, bounds, by_unit, accumulate, to, stride);
       products<Out>(left, right, kept, factors, accumulate, to, stride);
     });
   });

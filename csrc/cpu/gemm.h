@@ -1,9 +1,10 @@
 // c [m, n] (+)= x y, on one thread: by the BLAS that torch carries, or by the kernels of gemm_packed.h and gemm_bf16.h where those
-// are faster.
+// are faster. Two bf16 operands stay bf16 where the processor multiplies them as they are.
 #pragma once
 
 #include "gemm_bf16.h"
 #include "gemm_packed.h"
+#include "gemm_tiles.h"
 
 extern "C" {
 void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
@@ -14,6 +15,37 @@ void dgemm_(const char*, const char*, const int*, const int*, const int*, const 
 
 namespace fastclip {
 
+// Two bf16 operands as they are, into fp32; alpha multiplies the sums.
+namespace halves {
+
+using Half = c10::BFloat16;
+
+inline bool faster() {
+#if defined(__x86_64__)
+  return tiles::faster() || pairs::faster();
+#else
+  return false;
+#endif
+}
+
+// For operands that readable() allows, where faster() says so.
+inline void multiply(Packs<float>& packs, int64_t m, int64_t n, int64_t k, const View<Half>& x, const View<Half>& y, float alpha,
+                     bool accumulate, float* c, int64_t stride, bool upper) {
+#if defined(__x86_64__)
+  if (tiles::faster()) return tiles::multiply(m, n, k, x, y, alpha, accumulate, c, stride);
+  pairs::multiply(packs, m, n, k, x, y, alpha, accumulate, c, stride, upper);
+#endif
+}
+
+inline bool readable(const View<Half>& x, const View<Half>& y, int64_t k) {
+#if defined(__x86_64__)
+  return tiles::faster() || (pairs::readable(x, k) && pairs::readable(y.transposed(), k));
+#else
+  return false;
+#endif
+}
+
+}  // namespace halves
 
 namespace blas {
 
@@ -53,10 +85,10 @@ View<To> readable(const View<X>& x, int64_t m, int64_t k, const To* factors, Buf
 template <class To, class X, class Y>
 void gemm(Packs<To>& packs, int64_t m, int64_t n, int64_t k, const View<X>& x, const View<Y>& y, const To* factors,
           bool accumulate, To* c, int64_t stride, bool upper = false) {
-#if defined(__x86_64__)
   if constexpr (std::is_same_v<X, c10::BFloat16> && std::is_same_v<Y, c10::BFloat16> && std::is_same_v<To, float>)
-    if (!factors && pairs::faster() && pairs::readable(x, k) && pairs::readable(y.transposed(), k))
-      return pairs::multiply(packs, m, n, k, x, y, 1.0f, accumulate, c, stride, upper);
+    if (!factors && halves::faster() && halves::readable(x, y, k))
+      return halves::multiply(packs, m, n, k, x, y, 1.0f, accumulate, c, stride, upper);
+#if defined(__x86_64__)
   if (packed::faster()) return packed::multiply(packs, m, n, k, x, y, factors, accumulate, c, stride, upper);
 #endif
   const View<To> left = blas::readable(x, m, k, factors, packs.x);
