@@ -1,8 +1,8 @@
-"""One backward of autograd: the object that holds the tape and is itself the final callback.
+"""One backward of autograd: the object that holds the tape and is finished by autograd's final callback.
 
-It belongs to one graph task. Autograd keeps it alive as a queued callback and nobody else does, so that an exception in
-the backward takes the tape along; a thread finds its own through a weak reference, so that nested backwards (reentrant
-checkpointing) enter into the outermost one, which is where the callback fires, and threads do not mix.
+It belongs to one graph task. Autograd keeps its callback alive and nobody else does, so that an exception in the backward ends
+the pass, also where a kept traceback keeps the tape. A thread finds its own through a weak reference, so that nested backwards
+(reentrant checkpointing) enter into the outermost one, which is where the callback fires, and threads do not mix.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,17 +26,31 @@ class BackwardPass:
     def __init__(self, finish: Callable[[BackwardPass], None]) -> None:
         self.entries: dict[Slot, list[Entry]] = {}
         self.forwards: list[Any] = []
-        self.done = False  # a traceback that somebody keeps may keep this object beyond its backward
+        self._thread = threading.current_thread()
+        self.done = False
+        self.callback: weakref.ref[partial[None]] | None = None
         self._finish = finish
 
     def add(self, param: Tensor, block: slice | None, entry: Entry, forward: Any) -> None:
+        if param.device.type == "cpu" and isinstance(self._thread, threading._DummyThread):
+            # A backward on a CPU stays in its thread, until it is nested so deep that autograd takes one of its own: this would
+            # be another pass, and a unit in both would be clipped twice.
+            raise RuntimeError(
+                "a backward of an attached model runs in a thread that Python did not start, where autograd puts what is "
+                "nested 60 backwards deep: use torch.utils.checkpoint with use_reentrant=False"
+            )
         size = param.shape[0] if param.dim() else 1
         start, stop, _ = (block or slice(None)).indices(size)
         self.entries.setdefault((param, start, stop), []).append(entry)
         if not any(forward is known for known in self.forwards):
             self.forwards.append(forward)
 
-    def __call__(self) -> None:
+    @property
+    def over(self) -> bool:
+        """Whether its backward has ended, in whatever way."""
+        return self.done or self.callback is None or self.callback() is None
+
+    def finish(self) -> None:
         self.done = True
         try:
             self._finish(self)
@@ -43,21 +58,38 @@ class BackwardPass:
             self.entries.clear()
 
 
+def _callback(of: BackwardPass) -> partial[None]:
+    """What autograd holds for as long as the backward lasts. In no frame of its own, which a traceback might keep."""
+    made = partial(of.finish)
+    of.callback = weakref.ref(made)
+    return made
+
+
 class BackwardPasses:
     """The pass of the backward that this thread is in."""
 
     def __init__(self, finish: Callable[[BackwardPass], None]) -> None:
         self._finish = finish
-        self._local = threading.local()
+        # By number of the thread: what Python keeps for a thread of autograd's own is gone whenever that leaves Python.
+        self._running: dict[int, weakref.ref[BackwardPass]] = {}
+
+    def _of_this_thread(self) -> BackwardPass | None:
+        found = self._running.get(threading.get_ident(), lambda: None)()
+        return None if found is None or found.over else found
 
     def current(self) -> BackwardPass:
         """The pass of the running backward, begun (and its callback queued) if there is none. Only inside a backward."""
-        found: BackwardPass | None = getattr(self._local, "running", lambda: None)()
-        if found is None or found.done:
+        found = self._of_this_thread()
+        if found is None:
             found = BackwardPass(self._finish)
-            Variable._execution_engine.queue_callback(found)
-            self._local.running = weakref.ref(found)
+            Variable._execution_engine.queue_callback(_callback(found))  # in no variable either
+            self._running[threading.get_ident()] = weakref.ref(found)
         return found
+
+    def adopt(self, outer: weakref.ref[BackwardPass]) -> None:
+        """What runs in this thread is a part of that pass, if it is not one already."""
+        if self._of_this_thread() is None:
+            self._running[threading.get_ident()] = outer
 
 
 def in_backward() -> bool:

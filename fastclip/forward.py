@@ -60,12 +60,10 @@ class Forward:
 
     @contextmanager
     def one_row(self, row: int, rows: int) -> Iterator[None]:
-        whole = self.units
-        self.units = whole.select(torch.tensor([row * self.examples // rows]))
-        try:
+        """While it lasts, layers run for this row's example alone, also where they run again."""
+        example = torch.tensor([row * self.examples // rows])
+        with self.clipper.forwards.inside(_Row(self, self.units.select(example))):
             yield
-        finally:
-            self.units = whole
 
     def same_units(self, other: Forward) -> bool:
         mine, theirs = self.units, other.units
@@ -89,6 +87,17 @@ class Unknown(Forward):
 
     def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
         raise RuntimeError(UNKNOWN.format(layer=self._layer))
+
+
+class _Row(Forward):
+    """A part of a forward, whose examples are some of its."""
+
+    def __init__(self, whole: Forward, units: PrivacyUnits) -> None:
+        super().__init__(whole.clipper, units, whole.laws, whole.trained)
+        self._whole = whole
+
+    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
+        self._whole.record(param, entry, block)
 
 
 class _Lending(Forward):

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from fastclip.backward import in_backward
 from fastclip.forward import UNKNOWN, Forward, Unknown
-from fastclip.recomputation import known_forward
-from fastclip.taps import lead, new_name, was_kept
+from fastclip.recomputation import known_forward, running_part
+from fastclip.taps import lead, leading, new_name, was_kept
 
 
 class Forwards:
@@ -28,13 +29,17 @@ class Forwards:
         stack: list[Forward] = self._local.__dict__.setdefault("stack", [])
         return stack
 
+    @_disable_dynamo
     def begin(self, forward: Forward) -> None:
         lead(self.name, forward)
         self.last = forward
         self.running.append(forward)
 
-    def end(self) -> None:
-        self._lead_on(self.running.pop())
+    def end(self, forward: Forward) -> None:
+        """Also where an interrupt came between."""
+        if forward in self.running:
+            del self.running[self.running.index(forward) :]
+        self._lead_on(forward)
 
     def _lead_on(self, forward: Forward) -> None:
         """Compiled code that runs now runs for the forward around this one; behind the outermost it runs again in backward.
@@ -78,10 +83,12 @@ class Forwards:
             )
 
     @contextmanager
-    def leading(self, forward: Forward) -> Iterator[None]:
-        """While it lasts, compiled code finds this forward's units."""
-        lead(self.name, forward)
-        try:
-            yield
-        finally:
-            self._lead_on(self.last or forward)
+    def inside(self, part: Forward) -> Iterator[None]:
+        """While it lasts, what runs in this thread belongs to a part of the forward that runs, or that runs again."""
+        running = [] if in_backward() else self.running
+        with leading(self.name, part), running_part(part):
+            running.append(part)
+            try:
+                yield
+            finally:
+                running.pop()

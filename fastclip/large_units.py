@@ -77,4 +77,4 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
         done.forwards.append(Forward(clipper, units, {}, trainable))
         for param, grad in found.items():
             done.entries[param, 0, param.shape[0] if param.dim() else 1] = [PerUnit(grad[None])]
-        done()
+        done.finish()

@@ -32,7 +32,7 @@ from fastclip.layers.bare import Targets
 from fastclip.layers.site import no_autocast
 from fastclip.layouts import Layouts
 from fastclip.precision import full_precision
-from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route
+from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route, is_running
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
 from fastclip.written import Written
@@ -162,9 +162,9 @@ class Clipper:
                 )
             made = PrivacyUnits.from_offsets(torch.as_tensor(offsets), num_examples)
         outer = getattr(self._local, "units", None)
-        self._local.units = (made, tuple(shared))
         self._open_units += 1
         try:
+            self._local.units = (made, tuple(shared))
             yield self
         finally:
             self._local.units = outer
@@ -213,16 +213,19 @@ class Clipper:
     def begin_forward(
         self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> tuple[Forward, Written] | None:
-        """Find the units of one forward of the model, which stay current for the layers inside until it ends.
+        """Find the units of one forward of the model.
 
-        Returns it and what :meth:`end_forward` wants to see; None where the model calls itself: that is still the same one.
+        Returns it, to be begun, and what :meth:`end_forward` wants to see; None where the model calls itself: that is still the
+        same one.
         """
         if self.forwards.running:
-            return None
+            if is_running(self):
+                return None
+            self.forwards.running.clear()  # an interrupt left it there
         if in_backward():
             raise RuntimeError(
-                "the whole model is recomputed in backward, where nobody says whose its examples are: use non-reentrant "
-                "checkpointing, or checkpoint parts of the model"
+                "the whole model is recomputed in backward, where nobody says whose its examples are: checkpoint parts of the "
+                "model, inside its forward"
             )
         if self._open_units and getattr(self._local, "units", None) is None:
             raise RuntimeError("clipper.units() is open in another thread: open it in the thread that runs the model")
@@ -237,13 +240,12 @@ class Clipper:
         forward = Forward(self, units, laws, self._names)
         for route in layers:
             route.prepare(laws.get(route.name + CALL if route.caught else route.name))
-        self.forwards.begin(forward)
         return forward, written
 
     @_disable_dynamo
-    def end_forward(self, written: Written | None = None) -> None:
+    def end_forward(self, forward: Forward, written: Written | None = None) -> None:
         """The other end. written: of a forward that did not fail; raises RuntimeError if it wrote what would be published."""
-        self.forwards.end()
+        self.forwards.end(forward)
         if written is not None:
             written.check(self.layouts.written)
 

@@ -8,14 +8,19 @@ checkpointing, of either kind, is noted together with their forwards, in this th
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.utils.checkpoint as checkpointing
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from fastclip.backward import in_backward
+from fastclip.backward import BackwardPass, BackwardPasses, in_backward
+from fastclip.taps import leading
 
 if TYPE_CHECKING:
     from fastclip.forward import Forward
@@ -26,11 +31,12 @@ _REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_genera
 
 class _State(threading.local):
     """Of this thread. plain: nothing is recomputed; running: forwards of attached models, the innermost last; again: those
-    whose checkpointed part runs again."""
+    whose checkpointed part runs again, in the backward with number ``task``: an interrupt may leave them here."""
 
     plain = False
     running: tuple[Forward, ...] = ()
     again: tuple[Forward, ...] = ()
+    task = -1
 
 
 _state = _State()
@@ -40,7 +46,8 @@ _originals: dict[str, Any] = {}  # names of torch.utils.checkpoint, and what sto
 
 
 def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
-    known = _state.running + _state.again
+    # A backward that a running forward's code calls is none of that forward's.
+    known = _again() if in_backward() else _state.running
     return partial(_run, known, function) if known else function
 
 
@@ -59,15 +66,37 @@ def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _originals[_OTHER](_noted(function), *args, **kwargs)
 
 
+def _again() -> tuple[Forward, ...]:
+    return _state.again if _state.task == torch._C._current_graph_task_id() else ()
+
+
 def _run(known: tuple[Forward, ...], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not in_backward():
         return function(*args, **kwargs)
     with ExitStack() as stack:
         stack.enter_context(_standing_in())
-        stack.enter_context(_with(again=known))
+        stack.enter_context(_with(again=known, task=torch._C._current_graph_task_id()))
         for forward in known:
-            stack.enter_context(forward.clipper.forwards.leading(forward))
-        return function(*args, **kwargs)
+            stack.enter_context(leading(forward.clipper.forwards.name, forward))
+        out = function(*args, **kwargs)
+        for forward in known:
+            _keep_together(forward.clipper.passes, out)
+        return out
+
+
+def _keep_together(passes: BackwardPasses, out: Any) -> None:
+    """Let the backward of what ran again enter into this one's pass, also where autograd moves it to a thread of its own."""
+    outer = passes.current()
+    for x in tree_leaves(out):
+        if isinstance(x, Tensor) and x.requires_grad:
+            x.register_hook(partial(_adopt, passes, weakref.ref(outer)))
+
+
+def _adopt(passes: BackwardPasses, outer: weakref.ref[BackwardPass], _grad: Tensor) -> None:
+    passes.adopt(outer)
+
+
+_STAND_INS: tuple[tuple[str, Any], ...] = ((_REENTRANT, _Checkpoint), (_OTHER, _generator))
 
 
 @contextmanager
@@ -85,9 +114,11 @@ def _standing_in() -> Iterator[None]:
     global _uses
     with _lock:
         if _uses == 0:
-            for name, stand_in in ((_REENTRANT, _Checkpoint), (_OTHER, _generator)):
-                _originals[name] = getattr(checkpointing, name)
-                setattr(checkpointing, name, stand_in)
+            for name, stand_in in _STAND_INS:
+                found = getattr(checkpointing, name)
+                if found is not stand_in:  # an interrupt may have left it there
+                    _originals[name] = found
+                    setattr(checkpointing, name, stand_in)
         _uses += 1
     try:
         yield
@@ -109,10 +140,24 @@ def differentiable() -> Iterator[None]:
 @contextmanager
 def running(forward: Forward) -> Iterator[None]:
     """Inside, what is checkpointed in this thread belongs to this forward."""
-    with _standing_in(), _with(running=(*_state.running, forward)):
+    around = (
+        f for f in _state.running if f.clipper is not forward.clipper
+    )  # of its own there is none but what was interrupted
+    with _standing_in(), _with(running=(*around, forward)):
         yield
+
+
+@contextmanager
+def running_part(part: Forward) -> Iterator[None]:
+    """Inside, it belongs to this part of a forward that runs, or runs again."""
+    if in_backward():
+        with _with(again=(*_again(), part), task=torch._C._current_graph_task_id()):
+            yield
+    else:
+        with _with(running=(*_state.running, part)):
+            yield
 
 
 def known_forward(forwards: Forwards) -> Forward | None:
     """The one of these forwards whose checkpointed part runs again, in this thread; None if nobody noted it."""
-    return next((f for f in reversed(_state.again) if f.clipper.forwards is forwards), None)
+    return next((f for f in reversed(_again()) if f.clipper.forwards is forwards), None)

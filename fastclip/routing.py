@@ -6,6 +6,7 @@ deep-copied module finds its own class's forward again and is plain.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,18 +107,29 @@ class RootRoute(Route):
             return self.original(*args, **kwargs)
         forward, written = begun
         try:
+            clipper.forwards.begin(forward)
             with running(forward):
                 out = self.original(*args, **kwargs)
         except BaseException as error:
-            clipper.end_forward()
+            clipper.end_forward(forward)
             if isinstance(error, RuntimeError) and forward.units.num_units == 0:
                 raise RuntimeError(
                     "this model cannot run on an empty batch: leave out its forward and backward, and call the optimizer's "
                     "step() all the same, for an empty draw gets its noise too"
                 ) from error
             raise
-        clipper.end_forward(written)
+        clipper.end_forward(forward, written)
         return out
+
+
+def is_running(clipper: Clipper) -> bool:
+    """Whether this thread is inside a forward of the clipper's model, other than the call that asks."""
+    frame, calls = sys._getframe().f_back, 0
+    while frame is not None and calls < 2:
+        route = frame.f_locals.get("self") if frame.f_code.co_name == "__call__" else None
+        calls += isinstance(route, RootRoute) and route.clipper is clipper
+        frame = frame.f_back
+    return calls == 2
 
 
 class LayerRoute(Route):

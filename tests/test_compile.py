@@ -359,18 +359,17 @@ def test_another_threads_forward_is_not_taken():
     compiled = torch.compile(model, backend="aot_eager")
     compiled(ids(4)).sum().backward()
     taps = []
-    begin = clipper.begin_forward
+    begin = clipper.forwards.begin
 
-    def begin_and_be_overtaken(*args: Any) -> Any:
-        written = begin(*args)
+    def begin_and_be_overtaken(forward: Any) -> None:
+        begin(forward)
         if not taps:
             taps.append(begin)
             other = threading.Thread(target=lambda: model(ids(4, 1)))
             other.start()
             other.join()
-        return written
 
-    clipper.begin_forward = begin_and_be_overtaken  # type: ignore[method-assign]
+    clipper.forwards.begin = begin_and_be_overtaken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="two threads"):
         compiled(ids(4))
 

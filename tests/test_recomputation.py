@@ -103,15 +103,10 @@ def test_a_second_backward_is_refused_whatever_else_is_under_way(how):
 
 
 @pytest.mark.parametrize("depth", [10, 75])
-def test_deep_nests_are_one_backward_or_none(depth):
+def test_deep_nests_are_one_backward(depth):
     """Autograd recurses 60 deep in a thread and goes on in another: a second pass would clip what is left of each unit."""
     model, x = Nested(depth), inputs(1)
     clipper = fastclip.attach(model, 0.5)
-    if depth == 75:
-        with pytest.raises(RuntimeError, match="second backward"):
-            model(x).sum().backward()
-        assert all(p.grad is None for p in model.parameters())
-        return
     model(x).sum().backward()
     assert float(clipper.unit_norms[0]) > 0.5
     assert size(model) == pytest.approx(0.5, rel=1e-5)
