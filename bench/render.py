@@ -154,6 +154,30 @@ def norms_tables(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def throughput_table(report: dict[str, Any]) -> list[str]:
+    """Rates of every case beside the GEMM rate of its dtype and the copy rate of the same run."""
+    machine, found = report["machine_info"], [(b["extra_info"], b["stats"]["median"]) for b in report["benchmarks"]]
+    gemm = {e["dtype"]: e["flops"] / t for e, t in found if e["case"] == "rate: GEMM"}
+    copy = next(e["bytes"] / t for e, t in found if e["case"] == "rate: copy")
+    lines = [
+        f"`pytest bench/test_throughput.py`, {machine['cpu']['brand_raw']}, {machine['threads']} threads: GEMM "
+        + ", ".join(f"{rate / 1e9:.0f} GF/s in {dtype}" for dtype, rate in gemm.items())
+        + f", copy {copy / 1e9:.1f} GB/s (read and written). FLOPs are those of a plain formula by its cheaper route.",
+        "",
+        "| op | dtype | ms | GF/s, beside GEMM | GB/s, beside copy |",
+        "|---|---|---|---|---|",
+    ]
+    for e, seconds in found:
+        if e["case"].startswith("rate"):
+            continue
+        flops, moved = e["flops"] / seconds, e["bytes"] / seconds
+        lines.append(
+            f"| {e['case']} | {e['dtype']} | {seconds * 1e3:.2f} | {flops / 1e9:.0f}, {flops / gemm[e['dtype']]:.2f} | "
+            f"{moved / 1e9:.1f}, {moved / copy:.2f} |"
+        )
+    return lines
+
+
 AIMS, OPACUS = (0.75, 0.78, 0.8), "Opacus 1.6 hooks"
 
 
@@ -191,7 +215,7 @@ def accuracy_plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    accuracy = load("accuracy_cpu.json")
+    accuracy, throughput = load("accuracy_cpu.json"), load("throughput_cpu.json")
     steps, growth, norms = load("steps_cpu.json"), load("growth_cpu.json"), load("norms_cpu.json")
     images = DOCS / "images"
     images.mkdir(exist_ok=True)
@@ -231,6 +255,7 @@ def main() -> None:
     else:
         lines += ["Not measured.", ""]
     lines += ["## Norms", "", "`python bench/norms.py`", "", *norms_tables(norms), ""]
+    lines += ["## Throughput of every op", "", *(throughput_table(throughput) if throughput else ["Not measured."]), ""]
     lines += [
         "## Time to an accuracy",
         "",
