@@ -29,13 +29,14 @@ Rows<T> gathered(const Rows<T>& x, const std::vector<int64_t>& kept, Buffer<T>& 
 }
 
 // bf16 rows of units that are not short: the unit's factor multiplies fp32 sums, and rows stay as they are.
-constexpr int64_t kLongUnit = 32;
+constexpr int64_t kLongUnit = 32, kBlock = int64_t{1} << 18;  // elements of out that stay in cache from unit to unit
 
 void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
                        const std::vector<double>& factors, bool accumulate, float* out, int64_t stride) {
   const bool along_p = g.columns >= a.columns;
   const int64_t longer = std::max(a.columns, g.columns), units = bounds.size() - 1;
-  const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, kMost);
+  const int64_t most = std::clamp(kBlock / std::min(a.columns, g.columns) / 16 * 16, kLeast, kMost);
+  const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, most);
   over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
     const int64_t first = task * step, count = std::min(step, longer - first);
     bool add = accumulate;
