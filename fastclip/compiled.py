@@ -24,7 +24,7 @@ from fastclip.layers.dora import dora, dora_linear
 from fastclip.layers.embedding import embedding_bag_layer, embedding_layer
 from fastclip.layers.normalization import group_norm, instance_norm, layer_norm
 from fastclip.layers.projection import Projection
-from fastclip.layers.recurrent import linear_parts, recurrent_layer
+from fastclip.layers.recurrent import recurrent, recurrent_layer
 from fastclip.layers.rms_norm import gemma_norm, llama_norm, rms_norm
 from fastclip.layers.site import autocast_input
 from fastclip.layout import Law
@@ -171,17 +171,7 @@ def _attention(route: LayerRoute, query: Tensor, key: Tensor, value: Tensor, *ar
 def _recurrent(route: LayerRoute, input: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(input, Tensor):  # packed: which rows are whose is known only as it runs
         return _outside(route, (input, *args), kwargs)
-    names, layers = linear_parts(route.module)
-    parts = _Parts(route)
-
-    def run(_func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        for name, layer in zip(names, layers, strict=True):
-            if layer.weight is weight and layer.bias is bias:
-                return parts.linear(x, Projection(f"{name}.weight", None if bias is None else f"{name}.bias"))
-        raise NotImplementedError(f"{route.name}: a cell runs with another bias than its own: compile without it")
-
-    with Catch([layer.weight for layer in layers], run):
-        return route.original(input, *args, **kwargs)
+    return recurrent(_Parts(route), route.module, input, *args, **kwargs)
 
 
 @_disable_dynamo

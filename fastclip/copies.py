@@ -107,7 +107,7 @@ def choose(name: str, law: Law, targets: Targets, forward: Run, args: Any) -> La
             for c, m in zip(copies, moved, strict=True):
                 c[0] = m
             one = run([as_copies(c, p.shape, rank) for c, p in zip(copies, params, strict=True)])
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
             continue
         if _copies_hold(plain, elsewhere, equal, one, rows, spread=batch is None):
             return replace(law, rank=rank)

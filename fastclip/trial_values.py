@@ -64,22 +64,31 @@ def shorter(leaves: Sequence[Any], batched: Sequence[bool], batch_dim: int) -> l
     return out
 
 
-def longest_cut(names: Sequence[str], leaves: Sequence[Any], batched: Sequence[bool]) -> tuple[list[Any], int] | None:
-    """The call of three examples with the longest one as short as the next, in its lengths alone, and which one it is.
+def all_short(
+    names: Sequence[str], leaves: Sequence[Any], batched: Sequence[bool], pad: int | None
+) -> tuple[list[Any], list[Any], int] | None:
+    """Two calls of three examples, and the one of these that is cut in the second call alone; in both the others are cut.
 
-    None where no argument holds lengths ``[3]``, or where no one example is the longest. Their order stays.
+    What is cut: lengths ``[3]``, masks ``[3, T]``, and, with a ``pad``, token ids. None where no example could be.
     """
-    cut, which = list(leaves), None
+    one, none = list(leaves), list(leaves)
+    sizes: list[tuple[int, Tensor, Tensor]] = []  # argument, each example's length, as it is cut
     for i, (name, x, is_batched) in enumerate(zip(names, leaves, batched, strict=True)):
-        if not is_batched or "length" not in name or x.dim() != 1 or x.is_floating_point() or x.dtype == torch.bool:
+        if not is_batched or not isinstance(x, Tensor) or x.is_floating_point():
             continue
-        lengths, order = x.sort()
-        at = int(order[-1])
-        if lengths[-1] == lengths[-2] or which not in (None, at):
-            continue
-        cut[i], which = x.clone(), at
-        cut[i][at] = lengths[-2]
-    return None if which is None else (cut, which)
+        if x.dim() == 1 and "len" in name and x.dtype != torch.bool:
+            sizes.append((i, x, x.min().clamp(min=2).div(2, rounding_mode="floor").expand(3).to(x)))
+        elif x.dim() == 2 and x.shape[1] > 1 and ("mask" in name or (pad is not None and name == "input_ids")):
+            short = x.clone()
+            short[:, x.shape[1] // 2 :] = 0 if "mask" in name or pad is None else pad
+            sizes.append((i, x, short))
+    longest = next((int(x.reshape(3, -1).long().sum(1).argmax()) for _, x, _ in sizes), 0)
+    changed = False
+    for i, x, short in sizes:
+        none[i], one[i] = short, short.clone()
+        one[i][longest] = x[longest]
+        changed = changed or not torch.equal(none[i], one[i])
+    return (one, none, longest) if changed else None
 
 
 def is_float(x: Any) -> bool:
@@ -113,14 +122,17 @@ def output_leaves(out: Any, inside: set[int]) -> list[Any]:
     return [leaf for part in parts for leaf in output_leaves(part, inside | {id(out)})] if parts else [out]
 
 
-def in_common(x: Tensor, y: Any, batch_dim: int) -> tuple[Tensor, Any]:
-    """Both as far as both go in every dimension but the batch's: what pads its output pads it for the longest example."""
+def in_common(x: Tensor, y: Any, batch_dim: int, left: bool) -> tuple[Tensor, Any]:
+    """Both as far as both go, from the left or the right, in every dimension but the batch's.
+
+    What pads its output, on either side, pads it for the longest example.
+    """
     if not isinstance(y, Tensor) or x.dim() != y.dim():
         return x, y
     for dim in range(x.dim()):
         if dim != batch_dim:
             size = min(x.shape[dim], y.shape[dim])
-            x, y = x.narrow(dim, 0, size), y.narrow(dim, 0, size)
+            x, y = (t.narrow(dim, 0 if left else t.shape[dim] - size, size) for t in (x, y))
     return x, y
 
 

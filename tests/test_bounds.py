@@ -95,3 +95,16 @@ def test_the_sums_precision_decides_about_its_rounding():
 def test_the_norms_of_rows_are_never_below_the_exact_ones():
     x = torch.tensor([[1e-30, 0.0], [3e-23, 4e-23], [1e19, 1e19], [0.1, 0.2]])
     assert (reference._row_norms(x) >= x.double().norm(dim=1)).all()
+
+
+def test_subnormal_rows_are_in_the_clipped_sum() -> None:
+    """bf16 products take subnormal numbers for zeros: beside a row that one cancels, the sum would be larger than its norm."""
+    a = torch.zeros(64, 32, dtype=torch.bfloat16)
+    g = torch.zeros(64, 32, dtype=torch.bfloat16)
+    tiny = 2.0**-127
+    a[0, 0], g[0, 0] = tiny * 2, 2.0**99
+    a[1, 0], g[1, 0] = tiny, -(2.0**100)  # the first one's opposite, and subnormal
+    offsets = torch.tensor([0, 64])
+    exact = g.double().T @ a.double()
+    found = ops.clipped_gemm(a, g, offsets, torch.ones(1), torch.zeros(32, 32))
+    assert found.double().norm() <= exact.norm() + 1e-20

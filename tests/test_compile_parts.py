@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import fastclip
 from fastclip.opacus.layers import DPGRU, DPLSTM, DPRNN
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:fastclip")]
@@ -122,3 +123,62 @@ def test_packed_sequences_break_the_graph_and_are_exact() -> None:
         return copy.deepcopy(model), batch, lambda m, b: m(b["x"], b["lengths"])
 
     compiled_family(Family("packed", build, frozenset()), "example", with_poison)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Cells(nn.Module):
+    """Rows of several for each example, in a cell whose parts have forwards of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = DPLSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+        self.layer.l0.ih = Doubled(4, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, 2, T, 4]
+        y = self.layer(x.flatten(0, 1))[0].reshape(x.shape[0], -1, 6)
+        return (self.head(y) ** 2).sum((1, 2))
+
+
+@pytest.mark.parametrize("compile", [lambda model: model, with_poison])
+def test_parts_of_cells_with_forwards_of_their_own(compile: object) -> None:
+    x = torch.randn(4, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    compiled_family(Family("cells", lambda: (Cells(), {"x": x}, losses), frozenset()), "example", compile)
+
+
+def test_a_patched_part_of_a_cell_stays_patched() -> None:
+    model = Cells()
+    part, x = model.layer.l0.hh, torch.randn(4, 2, 3, 4)
+    plain = part.forward
+    patch = part.forward = lambda x: 3 * plain(x)
+    before = model(x)
+    clipper = fastclip.attach(model, max_grad_norm=1.0)
+    torch.testing.assert_close(model(x), before)
+    clipper.detach()
+    assert part.forward is patch
+
+
+def test_is_causal_beside_appended_keys_is_refused() -> None:
+    layer = nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True)
+    clipper = fastclip.attach(layer, max_grad_norm=1.0)
+    x, mask = torch.randn(4, 3, 6), nn.Transformer.generate_square_subsequent_mask(3)
+    with clipper.units(ids=range(4), shared=["attn_mask"]), pytest.raises(ValueError, match="pass attn_mask"):
+        layer(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)
+
+
+def test_hooks_on_parts_of_dora_are_not_lost() -> None:
+    """Nobody calls the parts of a followed adapter: one whose parts have hooks is not followed, and then refused."""
+    model, batch, loss = dora.small("vectors")
+    layer = next(m for m in model.modules() if getattr(m, "lora_magnitude_vector", None))
+    layer.lora_A["default"].register_forward_hook(lambda module, args, out: 2 * out)
+    units = oracle.unit_gradients(model, loss, batch)
+    clipper = fastclip.attach(model, max_grad_norm=1.0)
+    try:
+        loss(model, batch).sum().backward()
+    except (RuntimeError, ValueError):
+        return
+    oracle.assert_norms(clipper.unit_norms, oracle.norms(units))

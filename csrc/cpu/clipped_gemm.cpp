@@ -31,12 +31,29 @@ Rows<T> gathered(const Rows<T>& x, const std::vector<int64_t>& kept, Buffer<T>& 
 // bf16 rows of units that are not short: the unit's factor multiplies fp32 sums, and rows stay as they are.
 constexpr int64_t kLongUnit = 32, kBlock = int64_t{1} << 18;  // elements of out that stay in cache from unit to unit
 
+// Whether any element is subnormal: products of halves take it for zero, and beside what cancels it would be missed.
+bool subnormal(const Rows<c10::BFloat16>& x, int64_t start, int64_t stop) {
+  return best([&]() FASTCLIP_LAMBDA {
+    uint32_t found = 0;
+    for (int64_t t = start; t < stop; ++t) {
+      const auto* row = reinterpret_cast<const uint16_t*>(x.row(t));
+      for (int64_t c = 0; c < x.columns; ++c) found |= (row[c] & 0x7f80) == 0 && (row[c] & 0x7f) != 0;
+    }
+    return found != 0;
+  });
+}
+
 void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
                        const std::vector<double>& factors, bool accumulate, float* out, int64_t stride) {
   const bool along_p = g.columns >= a.columns;
   const int64_t longer = std::max(a.columns, g.columns), units = bounds.size() - 1;
   const int64_t most = std::clamp(kBlock / std::min(a.columns, g.columns) / 16 * 16, kLeast, kMost);
   const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, most);
+  std::vector<char> wide(units);  // to be multiplied in fp32
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u)
+      wide[u] = subnormal(a, bounds[u], bounds[u + 1]) || subnormal(g, bounds[u], bounds[u + 1]);
+  });
   over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
     const int64_t first = task * step, count = std::min(step, longer - first);
     bool add = accumulate;
@@ -45,7 +62,12 @@ void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>&
       const auto factor = static_cast<float>(factors[u]);
       if (!k || factor == 0) continue;
       const View<c10::BFloat16> left{g.row(start), 1, g.stride}, right{a.row(start), a.stride, 1};
-      if (along_p)
+      const std::vector<float> rows(wide[u] ? k : 0, factor);
+      if (wide[u] && along_p)
+        gemm<float>(s.narrow, count, a.columns, k, left.at(first, 0), right, rows.data(), add, out + first * stride, stride);
+      else if (wide[u])
+        gemm<float>(s.narrow, g.columns, count, k, left, right.at(0, first), rows.data(), add, out + first, stride);
+      else if (along_p)
         halves::multiply(s.narrow, count, a.columns, k, left.at(first, 0), right, factor, add, out + first * stride, stride, false);
       else
         halves::multiply(s.narrow, g.columns, count, k, left, right.at(0, first), factor, add, out + first, stride, false);

@@ -34,6 +34,11 @@ def multihead_attention(
         raise ValueError(f"{site.name}: MultiheadAttention needs batched inputs of 3 dimensions, got {query.dim()}")
     if is_causal and attn_mask is None:
         raise RuntimeError(f"{site.name}: is_causal is a hint about attn_mask: pass attn_mask too")
+    if is_causal and (module.bias_k is not None or module.add_zero_attn):
+        raise ValueError(
+            f"{site.name}: with is_causal torch may hide the keys that add_bias_kv and add_zero_attn append: pass attn_mask "
+            "alone"
+        )
     return attend(
         module,
         Followed(site.batch_first(), module),

@@ -29,7 +29,10 @@ def magnitudes(module: Any) -> tuple[str, ...]:
     for name, layer in module.lora_magnitude_vector.items():
         factors = (module.lora_A[name], module.lora_B[name])
         own = (type(layer).__module__, type(layer).__qualname__) == _MAGNITUDE and "forward" not in layer.__dict__
-        if own and all(find_rule(factor) is linear_layer for factor in factors):
+        plain = not any(
+            part._forward_hooks or part._forward_pre_hooks for part in (*factors, layer)
+        )  # nobody calls them
+        if own and plain and all(find_rule(factor) is linear_layer for factor in factors):
             found.append(name)
     return tuple(found)
 

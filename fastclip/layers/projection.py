@@ -42,12 +42,16 @@ def _slice(rows: tuple[int, int] | None) -> slice | None:
     return None if rows is None else slice(*rows)
 
 
-class Follow(Protocol):
-    """How a rule runs the parts of its layer."""
+class FollowLinear(Protocol):
+    """How a rule runs the linear layers of its layer."""
 
     def linear(self, x: Tensor, which: Projection) -> Tensor:
         """x ``[rows, ..., d]`` to ``[rows, ..., p]``."""
         ...
+
+
+class Follow(FollowLinear, Protocol):
+    """And parameters that meet each row by themselves."""
 
     def copies(self, name: str, like: Tensor) -> Tensor:
         """A copy of the parameter for each row of ``like``, ``[rows, *shape]``."""

@@ -1,35 +1,27 @@
 """Opacus' recurrent layers, written in Python over linear layers: DPRNN, DPGRU, DPLSTM, packed sequences too.
 
-The module's own forward runs; the linear layers inside its cells go through the tape, each call with the examples that are
-still running at that time step. In a packed sequence rows are sorted by length: row i belongs to example
-``sorted_indices[i]``, in the tape as in the model.
+The module's own forward runs, and so do its cells' and their parts'; what these hand to ``F.linear`` with a weight of theirs
+goes through the tape, each call with the examples that are still running at that time step. In a packed sequence rows are
+sorted by length: row i belongs to example ``sorted_indices[i]``, in the tape as in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastclip.layers.linear import linear
+from fastclip.layers.calls import Catch
+from fastclip.layers.projection import Followed, FollowLinear, Projection
 from fastclip.layers.registry import register_layer
 from fastclip.layers.site import Site
 
 
 def _cells(module: Any) -> list[nn.Module]:
     return [layer for cell in module.cells for layer in (cell.ih, cell.hh)]
-
-
-def linear_parts(module: Any) -> tuple[list[str], list[Any]]:
-    """The linear layers of its cells: names from the module on, and themselves."""
-    own = _cells(module)
-    found = {layer: name for name, layer in module.named_modules()}
-    return [found[layer] for layer in own], own
 
 
 def _sequences(input: Tensor | PackedSequence, state_init: Any = None) -> Tensor:
@@ -39,23 +31,18 @@ def _sequences(input: Tensor | PackedSequence, state_init: Any = None) -> Tensor
     return input
 
 
-@contextmanager
-def _followed(site: Site, layers: list[Any], order: Tensor) -> Iterator[None]:
-    sites: dict[int, Site] = {}
+class _Running:
+    """The cells' linear layers, x ``[b, d]`` being the first b of the sorted rows. order: each row's example."""
 
-    def run(layer: Any, x: Tensor) -> Tensor:  # x [b, d], the first b of the sorted examples
+    def __init__(self, site: Site, module: nn.Module, order: Tensor) -> None:
+        self._site, self._module, self._order = site, module, order
+        self._parts: dict[int, Followed] = {}
+
+    def linear(self, x: Tensor, which: Projection) -> Tensor:
         rows = x.shape[0]
-        if rows not in sites:
-            sites[rows] = site.of(order[:rows])
-        return linear(sites[rows], x, layer.weight, layer.bias)
-
-    for layer in layers:
-        layer.__dict__["forward"] = partial(run, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        if rows not in self._parts:
+            self._parts[rows] = Followed(self._site.of(self._order[:rows]), self._module)
+        return self._parts[rows].linear(x, which)
 
 
 @register_layer(
@@ -71,5 +58,24 @@ def recurrent_layer(site: Site, module: Any, input: Tensor | PackedSequence, sta
     order = torch.arange(site.rows)
     if isinstance(input, PackedSequence) and input.sorted_indices is not None:
         order = input.sorted_indices
-    with _followed(site, _cells(module), order):
-        return type(module).forward(module, input, state_init)
+    owners = site.units.unit_of
+    if owners is not None and owners.numel():  # where the model made several rows of each example
+        order = order // (site.rows // owners.numel())
+    return recurrent(_Running(site, module, order), module, input, state_init)
+
+
+def recurrent(parts: FollowLinear, module: Any, input: Any, *args: Any) -> Any:
+    """The module's forward. parts: how the linear layers of its cells run."""
+    names = {layer: name for name, layer in module.named_modules()}
+    layers: list[Any] = _cells(module)
+
+    def run(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        for layer in layers:
+            if func is F.linear and layer.weight is weight and (bias is None or layer.bias is bias):
+                return parts.linear(
+                    x, Projection(f"{names[layer]}.weight", None if bias is None else f"{names[layer]}.bias")
+                )
+        raise NotImplementedError("a recurrent cell uses its weight in another way than F.linear with its own bias")
+
+    with Catch([layer.weight for layer in layers], run):
+        return type(module).forward(module, input, *args)
