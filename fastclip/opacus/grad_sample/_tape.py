@@ -195,8 +195,8 @@ class SampleTape(Clipper):
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = frozenset((x.untyped_storage().data_ptr(), x._version, x.shape) for x in leaves)
         begun = super().begin_forward(original, args, kwargs)
-        if self.forwards.last is not None:
-            self._inputs.setdefault(self.forwards.last, inputs)  # a model that calls itself has come in already
+        if begun is not None:  # a model that calls itself has come in already
+            self._inputs[begun[0]] = inputs
         return begun
 
     def refuse_second_backward(self) -> None:
