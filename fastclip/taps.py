@@ -26,14 +26,19 @@ if TYPE_CHECKING:
 
 TAPS: dict[str, Tensor] = {}  # by the name of an attached model's forwards: the tap of the one that runs
 _CHECK = 1 << 20
+_gone: list[str] = []  # names whose owners are no more
 _numbers = itertools.count()
 _forwards: weakref.WeakValueDictionary[int, Forward] = weakref.WeakValueDictionary()
 
 
 def new_name(owner: Forwards) -> str:
     """The name under which compiled code finds this owner's taps, in this process alone."""
+    while _gone:
+        TAPS.pop(_gone.pop(), None)
     name = f"{next(_numbers)}"
-    weakref.finalize(owner, TAPS.pop, name, None)
+    weakref.finalize(
+        owner, _gone.append, name
+    )  # not from TAPS itself: dynamo may be iterating over it when garbage is collected
     return name
 
 

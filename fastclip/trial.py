@@ -8,8 +8,8 @@ as in the whole batch; an output without a batch dimension (a loss) must be a su
 go back from the output are tried in the same way (coupling.py). Modules that use parameters in code of their own are tried
 with copies (copies.py).
 
-Not seen here: what happens behind the model's output (check_units), and code that runs only for content that the first batch
-and its changes do not have.
+Not seen here: what happens behind the model's output (check_units), code that runs only for content that the first batch and
+its changes do not have, and what the lengths of a packed batch's segments do to each other.
 """
 
 from __future__ import annotations
