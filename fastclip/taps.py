@@ -36,9 +36,8 @@ def new_name(owner: Forwards) -> str:
     while _gone:
         TAPS.pop(_gone.pop(), None)
     name = f"{next(_numbers)}"
-    weakref.finalize(
-        owner, _gone.append, name
-    )  # not from TAPS itself: dynamo may be iterating over it when garbage is collected
+    # Not out of TAPS at once: dynamo may be iterating over it when garbage is collected.
+    weakref.finalize(owner, _gone.append, name)
     return name
 
 

@@ -270,10 +270,12 @@ class Probe:
         """How long the longest example is must not reach the others, as padding to it would."""
         pad = getattr(getattr(self._model, "config", None), "pad_token_id", None)
         found = all_short(self._names, self._inputs(3, (), ()), self._batched, pad if isinstance(pad, int) else None)
-        with suppress(CannotTry):  # lengths that have to be in order, or as a mask says
-            long, short = ([] if found is None else self._call(leaves, None) for leaves in (found or ((), ()))[:2])
-            for small, x, y in zip(self._small_out, long, short, strict=False):
-                self._need_same(small, x, y, [i for i in range(3) if found and i != found[2]])
+        if found is not None:
+            one, none, longest = found
+            with suppress(CannotTry):  # lengths that have to be in order, or as a mask says
+                long, short = self._call(one, None), self._call(none, None)
+                for small, x, y in zip(self._small_out, long, short, strict=True):
+                    self._need_same(small, x, y, [i for i in range(3) if i != longest])
 
     def _need_same(self, small: Any, x: Any, y: Any, others: Sequence[int]) -> None:
         dim = growing_dim(small, x)
@@ -345,12 +347,9 @@ class Probe:
         out = self._call(self._leaves, first_three)
         for small, x, y in zip(self._small_out, self._plain_out, out, strict=True):
             dim = growing_dim(small, x)
-            if (
-                dim is not None
-                and isinstance(y, Tensor)
-                and y.dim() == x.dim()
-                and y.shape[dim] == examples * x.shape[dim] // 3
-            ):
+            if dim is None or not isinstance(y, Tensor) or y.dim() != x.dim():
+                continue
+            if y.shape[dim] == examples * x.shape[dim] // 3:
                 self._need_same(small, x, y.narrow(dim, 0, x.shape[dim]), range(3))
         for name, calls in self._plain_seen.items():
             for old, new in zip(calls, self._seen.get(name, []), strict=False):

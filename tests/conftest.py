@@ -45,6 +45,17 @@ def fixed_seed() -> Iterator[None]:
     yield
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled and nothing counted yet."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def trainers_of_their_own() -> Iterator[None]:
     """transformers 4 writes a Trainer's precision and compiler into the environment, for all that come later."""

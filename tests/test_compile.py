@@ -1,7 +1,6 @@
 """torch.compile after attach: the same norms and clipped sums, in one graph, whatever the compiler does with its memory."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
@@ -19,7 +18,11 @@ from fastclip.compiled import eagerly
 from fastclip.huggingface import causal_lm_losses
 
 # torch's own: what a compiler warns of while it imports, traces and compiles.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:fastclip")]
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:fastclip"),
+]
 
 WHOLE = (
     "gpt2",
@@ -38,14 +41,6 @@ WHOLE = (
 # A class token has no operator.
 BROKEN = ("vit",)
 REST = tuple(name for name in FAMILIES if name not in WHOLE + BROKEN)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 # With users in a fast run two of them: what the graph is made of does not depend on whose examples are whose.

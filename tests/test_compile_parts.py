@@ -1,7 +1,6 @@
 """torch.compile for layers whose own code is traced, with operators for the linear layers in it."""
 
 import copy
-from collections.abc import Iterator
 
 import oracle
 import pytest
@@ -16,15 +15,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastclip
 from fastclip.opacus.layers import DPGRU, DPLSTM, DPRNN
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:fastclip")]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:fastclip"),
+]
 
 
 def parts() -> dict[str, nn.Module]:

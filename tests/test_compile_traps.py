@@ -1,7 +1,5 @@
 """What would be silently wrong under torch.compile: another forward's units, code that runs twice, what is shared or frozen."""
 
-from collections.abc import Iterator
-
 import oracle
 import pytest
 import torch
@@ -14,19 +12,15 @@ from torch._dynamo.utils import counters
 import fastclip
 
 # torch's own: what a compiler warns of while it imports, traces and compiles.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:fastclip")]
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:fastclip"),
+]
 
 
 def aot_eager(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Blocks(nn.Module):

@@ -29,9 +29,8 @@ def magnitudes(module: Any) -> tuple[str, ...]:
     for name, layer in module.lora_magnitude_vector.items():
         factors = (module.lora_A[name], module.lora_B[name])
         own = (type(layer).__module__, type(layer).__qualname__) == _MAGNITUDE and "forward" not in layer.__dict__
-        plain = not any(
-            part._forward_hooks or part._forward_pre_hooks for part in (*factors, layer)
-        )  # nobody calls them
+        # Nobody calls the parts of what is followed, so their hooks would be lost.
+        plain = not any(part._forward_hooks or part._forward_pre_hooks for part in (*factors, layer))
         if own and plain and all(find_rule(factor) is linear_layer for factor in factors):
             found.append(name)
     return tuple(found)

@@ -75,7 +75,10 @@ def recurrent(parts: FollowLinear, module: Any, input: Any, *args: Any) -> Any:
                 return parts.linear(
                     x, Projection(f"{names[layer]}.weight", None if bias is None else f"{names[layer]}.bias")
                 )
-        raise NotImplementedError("a recurrent cell uses its weight in another way than F.linear with its own bias")
+        raise NotImplementedError(
+            f"{type(module).__name__}: a cell uses its weight in another way than F.linear with its own bias, which cannot be "
+            "followed: let its parts be linear layers, or freeze them"
+        )
 
     with Catch([layer.weight for layer in layers], run):
         return type(module).forward(module, input, *args)
