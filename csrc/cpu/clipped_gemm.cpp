@@ -3,6 +3,7 @@
 // a: [N, d], g: [N, p], offsets: [U + 1], factors: [U], out: fp32 or fp64 [p, d]. The factor multiplies rows in out's dtype
 // while they are packed, or sums of products of bf16; each slice of out is one product of its own, on one thread, so that the
 // number of threads shows nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
+#include "clipped_tiles.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -43,34 +44,43 @@ bool subnormal(const Rows<c10::BFloat16>& x, int64_t start, int64_t stop) {
   });
 }
 
-void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
-                       const std::vector<double>& factors, bool accumulate, float* out, int64_t stride) {
+// The rows that count, in pieces of units.
+std::vector<Segment> segments_of(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<int64_t>& bounds,
+                                 const std::vector<double>& factors) {
+  std::vector<Segment> segments;
+  for (size_t u = 0; u + 1 < bounds.size(); ++u) {
+    const auto factor = static_cast<float>(factors[u]);
+    for (int64_t t = bounds[u]; t < bounds[u + 1] && factor != 0; t += kSegmentRows)
+      segments.push_back({t, std::min(kSegmentRows, bounds[u + 1] - t), factor, false});
+  }
+  torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t begin, int64_t end) {
+    for (Segment* s = &segments[begin]; s != &segments[end]; ++s)
+      s->wide = subnormal(a, s->start, s->start + s->rows) || subnormal(g, s->start, s->start + s->rows);
+  });
+  return segments;
+}
+
+void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>& g, const std::vector<Segment>& segments,
+                        bool accumulate, float* out, int64_t stride) {
+#if FASTCLIP_HAS_TILES
+  if (tiles::faster()) return clipped_by_tiles(a, g, segments, accumulate, out, stride);
+#endif
   const bool along_p = g.columns >= a.columns;
-  const int64_t longer = std::max(a.columns, g.columns), units = bounds.size() - 1;
+  const int64_t longer = std::max(a.columns, g.columns);
   const int64_t most = std::clamp(kBlock / std::min(a.columns, g.columns) / 16 * 16, kLeast, kMost);
   const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, most);
-  std::vector<char> wide(units);  // to be multiplied in fp32
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u)
-      wide[u] = subnormal(a, bounds[u], bounds[u + 1]) || subnormal(g, bounds[u], bounds[u + 1]);
-  });
   over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
     const int64_t first = task * step, count = std::min(step, longer - first);
+    const int64_t m = along_p ? count : g.columns, n = along_p ? a.columns : count;
+    float* to = out + (along_p ? first * stride : first);
     bool add = accumulate;
-    for (int64_t u = 0; u < units; ++u) {
-      const int64_t start = bounds[u], k = bounds[u + 1] - start;
-      const auto factor = static_cast<float>(factors[u]);
-      if (!k || factor == 0) continue;
-      const View<c10::BFloat16> left{g.row(start), 1, g.stride}, right{a.row(start), a.stride, 1};
-      const std::vector<float> rows(wide[u] ? k : 0, factor);
-      if (wide[u] && along_p)
-        gemm<float>(s.narrow, count, a.columns, k, left.at(first, 0), right, rows.data(), add, out + first * stride, stride);
-      else if (wide[u])
-        gemm<float>(s.narrow, g.columns, count, k, left, right.at(0, first), rows.data(), add, out + first, stride);
-      else if (along_p)
-        halves::multiply(s.narrow, count, a.columns, k, left.at(first, 0), right, factor, add, out + first * stride, stride, false);
+    for (const Segment& segment : segments) {
+      const View<c10::BFloat16> left = turned(g, segment, along_p ? first : 0), right = turned(a, segment, along_p ? 0 : first).transposed();
+      const std::vector<float> rows(segment.wide ? segment.rows : 0, segment.factor);
+      if (segment.wide)
+        gemm<float>(s.narrow, m, n, segment.rows, left, right, rows.data(), add, to, stride);
       else
-        halves::multiply(s.narrow, g.columns, count, k, left, right.at(0, first), factor, add, out + first, stride, false);
+        halves::multiply(s.narrow, m, n, segment.rows, left, right, segment.factor, add, to, stride, false);
       add = true;
     }
   });
@@ -124,7 +134,7 @@ void launch(const Tensor& a_in, const Tensor& g_in, const std::vector<int64_t>& 
       const Rows<G> right = rows_of<G>(g_dense);
       if constexpr (std::is_same_v<A, c10::BFloat16> && std::is_same_v<G, c10::BFloat16> && std::is_same_v<Out, float>)
         if (halves::faster() && static_cast<int64_t>(kept.size()) >= kLongUnit * units_with_rows)
-          return products_of_halves(left, right, bounds, by_unit, accumulate, to, stride);
+          return products_of_halves(left, right, segments_of(left, right, bounds, by_unit), accumulate, to, stride);
       products<Out>(left, right, kept, factors, accumulate, to, stride);
     });
   });

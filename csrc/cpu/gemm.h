@@ -32,7 +32,9 @@ inline bool faster() {
 inline void multiply(Packs<float>& packs, int64_t m, int64_t n, int64_t k, const View<Half>& x, const View<Half>& y, float alpha,
                      bool accumulate, float* c, int64_t stride, bool upper) {
 #if defined(__x86_64__)
-  if (tiles::faster()) return tiles::multiply(m, n, k, x, y, alpha, accumulate, c, stride);
+#if FASTCLIP_HAS_TILES
+  if (tiles::faster()) return tiles::multiply(packs, m, n, k, x, y, alpha, accumulate, c, stride, upper);
+#endif
   pairs::multiply(packs, m, n, k, x, y, alpha, accumulate, c, stride, upper);
 #endif
 }

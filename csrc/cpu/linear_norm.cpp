@@ -140,7 +140,7 @@ class Norms {
       if (!wide && any) narrow.push_back(u);
     }
     const std::vector<Tile> list = tiles(narrow);
-    const int64_t few = capability() == Capability::kAvx512 ? kFew : 16, longest = std::max(a.columns, widest);
+    const int64_t few = capability() == Capability::kAvx512 && !by_tiles<T>() ? kFew : 16, longest = std::max(a.columns, widest);
     // A product is kFewChunk / 16 sums in each of 16 lanes, 4 levels above them, and its chunks: no more than blocks allow.
     const bool chunks_suffice = kFewChunk / 16 + 4 + (longest + kFewChunk - 1) / kFewChunk <= 128 + 16;
     const auto parts = over(list, [&](const Tile& tile, Scratch& s, double* to) {

@@ -62,6 +62,13 @@ const To* products(const Rows<T>& x, const Tile& tile, Scratch& s, Buffer<To>& i
   return out;
 }
 
+// Whether products of rows are sums of 32 by tiles. Of a group of blocks of c columns such sums take 32 + group c / 32 roundings
+// and one each kDepth, no more than the c + group of blocks for each c of blocks_for: a group is summed as one.
+template <class T>
+bool by_tiles() {
+  return std::is_same_v<T, c10::BFloat16> && tiles::faster();
+}
+
 // The same in fp64, from fp32 sums over blocks of columns, blocks added as `how` says.
 template <class T>
 const double* blocked_products(const Rows<T>& x, const Tile& tile, const Blocks& how, Scratch& s, Buffer<double>& into) {
@@ -69,12 +76,13 @@ const double* blocked_products(const Rows<T>& x, const Tile& tile, const Blocks&
   double* out = into.get(m * n);
   float* sums = s.tile.get(m * n);
   std::fill(out, out + m * n, 0.0);
+  const int64_t step = by_tiles<T>() ? how.columns * how.group : how.columns, group = by_tiles<T>() ? 1 : how.group;
   int64_t pending = 0;
-  for (int64_t column = 0; column < x.columns; column += how.columns) {
-    const int64_t k = std::min(how.columns, x.columns - column);
+  for (int64_t column = 0; column < x.columns; column += step) {
+    const int64_t k = std::min(step, x.columns - column);
     const View<T> rows = view(x).at(tile.i, column);
     gemm<float>(s.packs, m, n, k, rows, rows.transposed(), nullptr, pending > 0, sums, n, true);
-    if (++pending == how.group || column + k == x.columns) {
+    if (++pending == group || column + k == x.columns) {
       best([&]() FASTCLIP_LAMBDA { add_to(out, sums, m * n); });
       pending = 0;
     }
