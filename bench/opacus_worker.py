@@ -183,8 +183,9 @@ def serve(
         with contextlib.suppress(Exception):
             Training(column, workload, True, device, noise=1.0).step()
         if task == "measure":
-            # Freed blocks go back at once: otherwise glibc keeps holes, and the same program comes out up to a tenth apart.
-            mallopt(1 << 20)
+            # Freed blocks go back at once, also those of three examples that fastclip tries a model on: otherwise glibc keeps
+            # holes, and what is measured is where they lie.
+            mallopt(1 << 16)
             training = Training(column, workload, quick, device, noise=0.0)
             if column.mode == "one by one":
                 figures, gradients = {}, one_by_one(training)

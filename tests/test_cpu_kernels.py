@@ -126,6 +126,18 @@ def test_clipped_gemm(offsets, dtype, d, p, accumulate):
     close(ops.clipped_gemm(a, g, offsets, factors, out, accumulate=accumulate, backend="cpp"), wanted, dtype)
 
 
+# More rows, columns and packed operands than are multiplied at a time; 1, 33 and 600 rows beside each other.
+@pytest.mark.parametrize(("d", "p"), [(1100, 1211), (1211, 1100)])
+@pytest.mark.parametrize("route", ["gram", "direct"])
+def test_more_than_a_block_of_halves(d, p, route):
+    offsets = torch.tensor([0, 600, 633, 634, 4200])
+    a, g, factors = rows(offsets, d, torch.bfloat16), rows(offsets, p, torch.bfloat16), torch.tensor([0.5, 1.0, 0.3, 0.7])
+    wanted = reference.clipped_gemm(*wide(a, g), offsets, factors.double(), torch.zeros(p, d).double())
+    close(ops.clipped_gemm(a, g, offsets, factors, torch.zeros(p, d), backend="cpp"), wanted, torch.bfloat16)
+    squares = [(g[i:j].double().T @ a[i:j].double()).square().sum() for i, j in itertools.pairwise(offsets.tolist())]
+    close(ops.linear_norm(a, g, offsets, route=route, backend="cpp"), torch.stack(squares), torch.bfloat16)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (5, 3), (1000,)])
 @pytest.mark.parametrize("units", [0, 1, 6])
 def test_sums_of_whole_gradients(dtype, shape, units):
