@@ -30,15 +30,16 @@ def update_of(optimizer: Optimizer) -> Update | None:
     if type(optimizer) not in (Adam, AdamW, SGD):
         return None
     adam = type(optimizer) is not SGD
-    devices = {p.device for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if len(devices) != 1 or not _has_kernel(device := devices.pop()):
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not params or not _has_kernel(device := params[0].device):
         return None
     for group in optimizer.param_groups:
         if group["maximize"] or group["differentiable"] or (adam and not _plain_adamw(group)):
             return None
-        for p in group["params"]:
-            if p.requires_grad and not all(_plain(x, device) for x in (p, *_state(optimizer, p).values())):
-                return None
+    states = [(name, x) for p in params for name, x in optimizer.state.get(p, {}).items() if x is not None]
+    tensors = params + [x for name, x in states if name != "step"]
+    if not all(_plain(x, device) for x in tensors) or not all(_on_host(x) for name, x in states if name == "step"):
+        return None
     return _adamw(optimizer) if adam else _sgd(optimizer)
 
 
@@ -53,15 +54,18 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def _plain(x: Any, device: torch.device) -> bool:
-    if not isinstance(x, Tensor):
-        return True
-    if x.dim() == 0:
-        return x.device.type == "cpu"  # a number of steps, which the host reads
-    return x.dtype == torch.float32 and x.device == device and x.layout == torch.strided and x.is_contiguous()
+    return (
+        isinstance(x, Tensor)
+        and x.dtype == torch.float32
+        and x.device == device
+        and x.layout == torch.strided
+        and x.is_contiguous()
+    )
 
 
-def _state(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:
-    return optimizer.state.get(p, {})
+def _on_host(steps: Any) -> bool:
+    """Whether this is a number of steps as torch keeps it, and the host can read it."""
+    return isinstance(steps, Tensor) and steps.dim() == 0 and steps.device.type == "cpu"
 
 
 def _adamw(optimizer: Optimizer) -> Update:
@@ -71,7 +75,8 @@ def _adamw(optimizer: Optimizer) -> Update:
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] += 1
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
         ops.noise_adamw(
             [p.detach() for p in params],
             sums,
@@ -82,7 +87,7 @@ def _adamw(optimizer: Optimizer) -> Update:
             betas=(float(group["betas"][0]), float(group["betas"][1])),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            steps=[int(state["step"]) for state in states],
+            steps=[int(step) for step in torch.stack(steps).tolist()],
         )
 
     return update
@@ -97,6 +102,8 @@ def _sgd(optimizer: Optimizer) -> Update:
         new = set(fresh)
         for first in (True, False):
             chosen = [i for i, p in enumerate(params) if (p in new) == first]
+            if not chosen:
+                continue
             ops.noise_sgd(
                 [params[i].detach() for i in chosen],
                 [sums[i] for i in chosen],

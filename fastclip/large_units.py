@@ -51,8 +51,7 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
         raise RuntimeError("the clipper is detached, or one unit is being accumulated already: end that one first")
     clipper.refresh()
     trainable = clipper.parameters()
-    for p, name in trainable.items():
-        clipper.sums.check(name, p)
+    clipper.sums.check(trainable, trainable.__getitem__)
     # Losses are sums here, so that a clipper of means has nothing to undo: one example, as far as that goes.
     owners = torch.zeros(num_examples or 1, dtype=torch.int64)
     units = PrivacyUnits(1, 1, owners, mean=reduction == "mean", ids=(unit_id,))

@@ -358,8 +358,7 @@ class Clipper:
                 "one backward covers several forwards: say by clipper.units(ids=...) around each whose examples they are, so "
                 "that those of one unit are clipped together and those of two apart"
             )
-        for p, name in trainable.items():
-            self.sums.check(name, p)
+        self.sums.check(trainable, trainable.__getitem__)
         if self.owner is not None:
             self.owner.accept(units)
 

@@ -9,6 +9,7 @@ import enum
 import math
 import operator
 import os
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -181,12 +182,18 @@ class NoiseSource:
 
         For passes that do more than add noise; otherwise `add_`. Raises as `add_`, before anything is taken.
         """
-        _check_draw(std, scale, offset, count)
+        return self.spend_all([(offset, count)], std, scale, purpose)[0]
+
+    def spend_all(
+        self, ranges: Sequence[tuple[int, int]], std: float, scale: float, purpose: Purpose = Purpose.GRADIENT
+    ) -> list[ops.Draw]:
+        """:meth:`spend` of many vectors, each ``(offset, count)``; raises before any is taken."""
+        _check_draw(std, scale, ranges)
         self._leave_parent()
-        draw = ops.Draw(std, scale, self._key, nonce(self._step, purpose, self._seeded), offset)
-        if count:
-            self._reserve(purpose, offset, offset + count)
-        return draw
+        word = nonce(self._step, purpose, self._seeded)
+        draws = [ops.Draw(std, scale, self._key, word, offset) for offset, _ in ranges]
+        self._reserve(purpose, ranges)
+        return draws
 
     def _take(self, key: Key) -> None:
         self._key = key
@@ -199,22 +206,24 @@ class NoiseSource:
         if self._home != _forks:
             self._take(_urandom_key())
 
-    def _reserve(self, purpose: Purpose, start: int, stop: int) -> None:
-        """Marks elements [start, stop) as drawn: one range per purpose while calls go through the vector in order."""
-        used = self._used.setdefault(purpose, [])
-        after = bisect.bisect_right(used, (start, stop))
-        before = after - 1
-        if (before >= 0 and used[before][1] > start) or (after < len(used) and used[after][0] < stop):
-            raise RuntimeError(
-                f"elements [{start}, {stop}) overlap elements that already have their {purpose.name} noise of step "
-                f"{self._step}; call advance() once per step, and give each parameter its own offset"
-            )
-        if after < len(used) and used[after][0] == stop:
-            stop = used.pop(after)[1]
-        if before >= 0 and used[before][1] == start:
-            used[before] = (used[before][0], stop)
-        else:
-            used.insert(after, (start, stop))
+    def _reserve(self, purpose: Purpose, ranges: Sequence[tuple[int, int]]) -> None:
+        """Marks elements as drawn: one range per purpose while calls go through the vector in order."""
+        used = list(self._used.get(purpose, ()))
+        for start, stop in _runs(ranges):
+            after = bisect.bisect_right(used, (start, stop))
+            before = after - 1
+            if (before >= 0 and used[before][1] > start) or (after < len(used) and used[after][0] < stop):
+                raise RuntimeError(
+                    f"elements [{start}, {stop}) overlap elements that already have their {purpose.name} noise of step "
+                    f"{self._step}; call advance() once per step, and give each parameter its own offset"
+                )
+            if after < len(used) and used[after][0] == stop:
+                stop = used.pop(after)[1]
+            if before >= 0 and used[before][1] == start:
+                used[before] = (used[before][0], stop)
+            else:
+                used.insert(after, (start, stop))
+        self._used[purpose] = used
 
 
 def check_noise_multiplier(value: float) -> float:
@@ -253,15 +262,27 @@ def _check(grad_sum: Tensor, out: Tensor) -> None:
         raise ValueError(f"out must not be expanded, got strides {out.stride()}; pass a tensor with memory of its own")
 
 
-def _check_draw(std: float, scale: float, offset: int, count: int) -> None:
+def _check_draw(std: float, scale: float, ranges: Sequence[tuple[int, int]]) -> None:
     if not (math.isfinite(std) and std >= 0):
         raise ValueError(f"std must be finite and at least 0, got {std}; it is noise_multiplier * max_grad_norm")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; it is 1 / expected_batch_size")
-    if not isinstance(offset, int) or offset < 0 or offset + count > MAX_ELEMENTS:
-        raise ValueError(
-            f"offset must be an integer in [0, 2^65 - numel], got {offset!r}; count the elements of all earlier tensors"
-        )
+    for offset, count in ranges:
+        if not isinstance(offset, int) or offset < 0 or offset + count > MAX_ELEMENTS:
+            raise ValueError(
+                f"offset must be an integer in [0, 2^65 - numel], got {offset!r}; count the elements of all earlier tensors"
+            )
+
+
+def _runs(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """[start, stop) of what is not empty, ranges that follow one another as one."""
+    runs: list[tuple[int, int]] = []
+    for start, count in ranges:
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], start + count)
+        elif count:
+            runs.append((start, start + count))
+    return runs
 
 
 def _overlap(source: Tensor, target: Tensor) -> bool:

@@ -6,9 +6,8 @@ Shapes and meanings stand in :mod:`fastclip.reference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,8 +202,7 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """Where in the stream a vector's noise stands, and how large it is.
 
     ``round((grad + std * z) * scale)`` with z from element ``offset`` of the stream of (key, nonce). Whoever makes one
@@ -229,10 +227,9 @@ class Draw:
 
 def _places(draws: Sequence[Draw]) -> tuple[list[int], list[int]]:
     """Blocks and skips of draws that differ in their offset alone."""
-    if any((d.std, d.scale, d.nonce) != (draws[0].std, draws[0].scale, draws[0].nonce) for d in draws):
-        raise ValueError("draws must differ in nothing but their offset: one release has one std, scale and step")
-    if any(d.key is not draws[0].key for d in draws):
-        raise ValueError("draws must differ in nothing but their offset, but their keys differ")
+    stream = draws[0][:-1]
+    if any(d[:-1] != stream for d in draws):
+        raise ValueError("draws must differ in nothing but their offset: one release has one std, scale, key and step")
     places = [d.place() for d in draws]
     return [block for block, _ in places], [skip for _, skip in places]
 

@@ -210,14 +210,14 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_release()
+        sums = self._check_release()
         for hook in self._release_hooks:
             hook(self)
         if self._release_hooks:
-            self._check_release()
+            sums = self._check_release()
         update = None if self.secure else fused.update_of(self.original_optimizer)
         try:
-            self._add_noise(update)
+            self._add_noise(update, sums)
         except BaseException:
             for p in self._parameters():
                 p.grad = None
@@ -236,7 +236,8 @@ class DPOptimizer(Optimizer):
                 self._releasing = False
         return loss
 
-    def _check_release(self) -> None:
+    def _check_release(self) -> dict[Tensor, Tensor]:
+        """The sums to release. Raises RuntimeError if that must not be."""
         names = self.clipper.parameters()
         if set(names) != {p for p in self._parameters() if p.requires_grad}:
             raise RuntimeError(_different(self.clipper.model, set(self._parameters())))
@@ -248,8 +249,7 @@ class DPOptimizer(Optimizer):
             raise RuntimeError(
                 f"the sum was clipped to {self._clipped_to}, but max_grad_norm is {self.max_grad_norm} now"
             )
-        for p, name in names.items():
-            self.clipper.sums.check(name, p)
+        sums = self.clipper.sums.check(names, names.__getitem__)
         if self.secure:
             check_summation(
                 self.mechanism, terms=self.clipper.sums.terms, units=self._num_entered, groups=self.clipper.num_groups
@@ -278,6 +278,7 @@ class DPOptimizer(Optimizer):
                     f"draw {skipped} was handed out and never released: an empty or failed draw gets its step() too, which "
                     "then is noise alone; and only PoissonLoader follows a loop whose worker processes run ahead of it"
                 )
+        return sums
 
     def _check_handed_out(self, draw: int | None) -> None:
         if draw is None:
@@ -285,9 +286,9 @@ class DPOptimizer(Optimizer):
                 "no draw was handed out: loop over the loader (or sampler) that was given as sampler=, and over no other"
             )
 
-    def _add_noise(self, update: fused.Update | None) -> None:
+    def _add_noise(self, update: fused.Update | None, sums: dict[Tensor, Tensor]) -> None:
         """Let each ``p.grad`` be noisy; with ``update``, the parameters and the optimizer's state follow in the same pass."""
-        std, offset, sums = self.noise_std, 0, self.clipper.sums
+        std, offset = self.noise_std, 0
         mechanism = self.mechanism if self.secure else None
         scale = 1 / self.expected_batch_size if self.clipper.loss_reduction == "mean" else 1.0
         noisy: list[tuple[nn.Parameter, Tensor]] = []
@@ -295,7 +296,7 @@ class DPOptimizer(Optimizer):
             together: list[tuple[nn.Parameter, Tensor, ops.Draw]] = []
             for p in group["params"]:
                 if p.requires_grad:
-                    total = sums.pending(p)
+                    total = sums.get(p)
                     if total is None:
                         total = torch.zeros_like(p, dtype=torch.float32 if p.itemsize < 4 else p.dtype)
                     if update is not None and p.numel():
@@ -318,7 +319,7 @@ class DPOptimizer(Optimizer):
                 update(group, params, totals, draws)
                 torch.autograd.graph.increment_version(params)  # as every in-place operation does
         for p, total in noisy:
-            sums.write(p, total, released=True)
+            self.clipper.sums.write(p, total, released=True)
 
     def _only_from_here(self, *args: Any) -> None:
         if not self._releasing and self.clipper.attached:

@@ -10,7 +10,9 @@ sums are not added to gradients that were released already. An edit through ``.d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ from fastclip.reference import accumulation_dtype
 class _Record:
     grad: Tensor  # what p.grad was when we last wrote it
     version: int
-    address: int
-    sample: Tensor | None
+    alias: Tensor  # its memory and shape then
+    places: Tensor | None  # up to 64 values from all over its memory; None on a GPU, where comparing would wait for it
+    sample: Tensor | None  # what they were
     wide: Tensor | None  # the sum of a narrower parameter; None where p.grad is the sum
     released: bool
 
@@ -34,35 +37,40 @@ class GradientSums:
         self.fp64 = False  # whatever the parameters are
         self.terms = 0  # how many an element of the sums got at most, until they are released
 
-    def check(self, name: str, p: Tensor) -> None:
-        """Raises RuntimeError unless ``p.grad`` is absent, zero, or the sum that we left there."""
-        record = self._current(p)
-        if p.grad is None or (record is not None and not record.released):
-            return
-        if record is not None:
-            raise RuntimeError(
-                f"gradients of {name} were released by step() and not cleared: call zero_grad() after it"
-            )
-        if bool(p.grad.any()):
-            raise RuntimeError(
-                f"the gradient of {name} was changed since it was clipped (by gradient clipping, a loss scaler, a hook, or "
-                "a backward before attach): nothing may touch p.grad between backward() and step(); call zero_grad()"
-            )
+    def check(self, params: Iterable[Tensor], name_of: Callable[[Any], str]) -> dict[Tensor, Tensor]:
+        """The clipped sums that wait for their release, fp32 or fp64 ``[*p.shape]``, of those parameters that have one.
 
-    def _current(self, p: Tensor) -> _Record | None:
-        record = self._records.get(p)
-        if record is None or p.grad is not record.grad or p.grad._version != record.version:
-            return None
-        if p.grad.data_ptr() != record.address or not _same(record.sample, _sample(p.grad)):
-            return None
-        return record
+        name_of: for messages. Raises RuntimeError unless every ``p.grad`` is absent, zero, or the sum that we left there.
+        """
+        params = list(params)
+        current = self._current(params)
+        for p in params:
+            grad = p.grad
+            if grad is None:
+                continue
+            record = current.get(p)
+            if record is not None and record.released:
+                raise RuntimeError(
+                    f"gradients of {name_of(p)} were released by step() and not cleared: call zero_grad() after it"
+                )
+            if record is None and bool(grad.any()):
+                raise RuntimeError(
+                    f"the gradient of {name_of(p)} was changed since it was clipped (by gradient clipping, a loss scaler, a "
+                    "hook, or a backward before attach): nothing may touch p.grad between backward() and step(); call "
+                    "zero_grad()"
+                )
+        return _waiting(current)
+
+    def _current(self, params: Iterable[Tensor]) -> dict[Tensor, _Record]:
+        """Of those whose ``p.grad`` is as we wrote it."""
+        found = {p: r for p in params if (r := self._records.get(p)) is not None and _is_written(p.grad, r)}
+        if not _same(list(found.values())):
+            found = {p: record for p, record in found.items() if _same([record])}
+        return found
 
     def pending(self, p: Tensor) -> Tensor | None:
-        """The clipped sum that waits for its release, fp32 or fp64 ``[*p.shape]``; None if there is none."""
-        record = self._current(p)
-        if record is None or record.released:
-            return None
-        return record.grad if record.wide is None else record.wide
+        """The clipped sum of p that waits for its release; None if there is none."""
+        return _waiting(self._current([p])).get(p)
 
     def target(self, p: Tensor) -> tuple[Tensor, bool]:
         """(the sum to add to, whether it holds anything yet)."""
@@ -77,7 +85,10 @@ class GradientSums:
         wide = None if total.dtype == p.dtype else total
         p.grad = total if wide is None else total.to(p.dtype)
         wide = None if released else wide
-        self._records[p] = _Record(p.grad, p.grad._version, p.grad.data_ptr(), _sample(p.grad), wide, released)
+        alias = p.grad.detach()
+        places = _places(alias)
+        sample = None if places is None else places.clone()
+        self._records[p] = _Record(p.grad, p.grad._version, alias, places, sample, wide, released)
         if released:
             self.terms = 0
 
@@ -87,16 +98,25 @@ class GradientSums:
         self.terms = 0
 
 
-def _sample(grad: Tensor) -> Tensor | None:
-    """Up to 64 values from all over; None on a GPU, where comparing them would wait for it."""
+def _waiting(records: Mapping[Tensor, _Record]) -> dict[Tensor, Tensor]:
+    return {p: r.grad if r.wide is None else r.wide for p, r in records.items() if not r.released}
+
+
+def _is_written(grad: Tensor | None, record: _Record) -> bool:
+    """Whether this is the tensor that was written, in the same memory, as far as counters see."""
+    return grad is record.grad and grad._version == record.version and grad.is_set_to(record.alias)
+
+
+def _places(grad: Tensor) -> Tensor | None:
     if grad.device.type != "cpu":
         return None
-    flat = grad.detach().reshape(-1)
-    return flat[:: max(1, -(-flat.numel() // 64))].clone()
+    distance = max(1, -(-grad.numel() // 64))
+    return grad.as_strided((-(-grad.numel() // distance),), (distance,))  # what is written is dense, in whatever order
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
+def _same(records: Sequence[_Record]) -> bool:
+    """Whether the samples' values are what they were: all in one comparison."""
+    now = [r.places for r in records if r.places is not None]
+    then = [r.sample for r in records if r.sample is not None]
     # By bits, so that NaN equals NaN.
-    if one is None or other is None:
-        return one is other
-    return one.shape == other.shape and bool(torch.equal(one.view(torch.uint8), other.view(torch.uint8)))
+    return not now or torch.equal(torch.cat(now).view(torch.uint8), torch.cat(then).view(torch.uint8))

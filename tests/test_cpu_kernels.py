@@ -131,7 +131,11 @@ def test_clipped_gemm(offsets, dtype, d, p, accumulate):
 @pytest.mark.parametrize("route", ["gram", "direct"])
 def test_more_than_a_block_of_halves(d, p, route):
     offsets = torch.tensor([0, 600, 633, 634, 4200])
-    a, g, factors = rows(offsets, d, torch.bfloat16), rows(offsets, p, torch.bfloat16), torch.tensor([0.5, 1.0, 0.3, 0.7])
+    a, g, factors = (
+        rows(offsets, d, torch.bfloat16),
+        rows(offsets, p, torch.bfloat16),
+        torch.tensor([0.5, 1.0, 0.3, 0.7]),
+    )
     wanted = reference.clipped_gemm(*wide(a, g), offsets, factors.double(), torch.zeros(p, d).double())
     close(ops.clipped_gemm(a, g, offsets, factors, torch.zeros(p, d), backend="cpp"), wanted, torch.bfloat16)
     squares = [(g[i:j].double().T @ a[i:j].double()).square().sum() for i, j in itertools.pairwise(offsets.tolist())]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_optimizer import backward, net, wrap
+from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 import fastclip
@@ -166,3 +167,13 @@ def test_the_plain_formulation_is_the_same(offset):
         ops.noise_adamw(*lists, draws, steps=[3, 1], backend=backend, **adam)
     assert all(map(torch.equal, ours[1], theirs[1]))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [AdamW, SGD])
+def test_a_number_of_another_precision_is_left_to_its_own_step(base):
+    model = nn.ParameterDict({"one": nn.Parameter(torch.zeros(3)), "number": nn.Parameter(torch.tensor(0.0))})
+    assert fused.update_of(base(model.parameters(), lr=0.1)) is not None
+    model.double()
+    assert fused.update_of(base(model.parameters(), lr=0.1)) is None
+    model["one"].data = model["one"].data.float()
+    assert fused.update_of(base(model.parameters(), lr=0.1)) is None

@@ -208,6 +208,17 @@ def test_remembers_ranges_drawn_in_any_order():
     assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(ranges))
 
 
+def test_many_draws_take_all_or_nothing():
+    source = NoiseSource()
+    draws = source.spend_all([(5, 3), (0, 5), (8, 0), (20, 2)], 1.0, 1.0)
+    assert [d.offset for d in draws] == [5, 0, 8, 20]
+    assert source._used[Purpose.GRADIENT] == [(0, 8), (20, 22)]
+    for ranges in ([(30, 5), (7, 1)], [(30, 5), (34, 2)], [(40, 5), (-1, 2)], [(8, 13)]):
+        with pytest.raises((RuntimeError, ValueError)):
+            source.spend_all(ranges, 1.0, 1.0)
+    assert source._used[Purpose.GRADIENT] == [(0, 8), (20, 22)]
+
+
 def test_a_failed_draw_is_spent(monkeypatch, numpy_only):
     def fail(*arguments):
         raise MemoryError

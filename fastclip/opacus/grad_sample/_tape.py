@@ -255,8 +255,7 @@ class GhostTape(SampleTape):
     def _accept(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         if self._clips():
             self.hooks.check_accumulation(self.backwards)
-            for p, name in trainable.items():
-                self.sums.check(name, p)
+            self.sums.check(trainable, trainable.__getitem__)
 
     def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         if not self._clips():

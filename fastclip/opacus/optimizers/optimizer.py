@@ -241,12 +241,11 @@ class DPOptimizer(theirs.DPOptimizer):
     def _totals(self) -> list[tuple[dict[str, Any], Any, Tensor, int]]:
         """(group, parameter, its sum, index of its first element) of all that is trained. Raises ValueError for used sums."""
         totals, offset = [], 0
-        for p in self._held():
-            if not p.requires_grad:  # frozen since its backward: the wrapped step would use what it has
-                p.grad = p.summed_grad = None
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad:
+                if not p.requires_grad:  # frozen since its backward: the wrapped step would use what it has
+                    p.grad = p.summed_grad = None
+                else:
                     total = sum_of(p)
                     _check_processed_flag(total)
                     if total is None:
@@ -275,9 +274,8 @@ class DPOptimizer(theirs.DPOptimizer):
         self._publish(p, out)
 
     def _publish(self, p: Any, noisy: Tensor) -> None:
-        p.grad = noisy.to(p.dtype)
-        p.summed_grad = p.grad
-        _mark_as_processed(p.summed_grad)
+        p.grad = p.summed_grad = released = noisy.to(p.dtype)
+        _mark_as_processed(released)
 
     @torch.no_grad()
     def scale_grad(self) -> None:
@@ -361,16 +359,18 @@ class DPOptimizer(theirs.DPOptimizer):
     def _release_and_update(self, update: fused.Update) -> None:
         source = self._noise.of_release()
         std, scale = self.noise_std, 1 / self._divisor
+        totals = self._totals()
+        drawn = source.spend_all([(offset, p.numel()) for _, p, _, offset in totals], std, scale)
         together: dict[int, tuple[dict[str, Any], list[Tensor], list[Tensor], list[ops.Draw]]] = {}
-        for group, p, total, offset in self._totals():
+        for (group, p, total, _), draw in zip(totals, drawn, strict=True):
             columns = together.setdefault(id(group), (group, [], [], []))
             columns[1].append(p)
             columns[2].append(total)
-            columns[3].append(source.spend(offset, p.numel(), std, scale))
-        for group, params, totals, draws in together.values():
-            update(group, params, totals, draws)
+            columns[3].append(draw)
+        for group, params, sums, draws in together.values():
+            update(group, params, sums, draws)
             torch.autograd.graph.increment_version(params)
-            for p, total in zip(params, totals, strict=True):
+            for p, total in zip(params, sums, strict=True):
                 self._publish(p, total)
 
     def zero_grad(self, set_to_none: bool = False) -> None:

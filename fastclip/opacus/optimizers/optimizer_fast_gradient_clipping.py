@@ -49,23 +49,23 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
     @torch.no_grad()
     def accumulate(self) -> None:
         """Take the sums that the model left into ``p.summed_grad``; ``p.grad`` is free for the next backward."""
-        for tape in self._ghosts():
+        ghosts = self._ghosts()
+        for tape in ghosts:
             if tape.max_grad_norm != self.max_grad_norm:
                 raise ValueError(
                     f"the model clips to {tape.max_grad_norm}, but noise is for {self.max_grad_norm}: set it on the optimizer"
                 )
-        if len(self._ghosts()) > 1:
+        if len(ghosts) > 1:
             raise ValueError("two ghost-clipping models under one optimizer clip apart: wrap them as one module")
-        names = {p: name for tape in self._ghosts() for p, name in tape.parameters().items()}
+        params = self.params
+        followed = [p for p in params if isinstance(tape_of(p), GhostTape)]
+        # Names are looked up where one is needed only: that goes through the whole model.
+        sums = ghosts[0].sums.check(followed, lambda p: ghosts[0].parameters().get(p, "?")) if ghosts else {}
         totals = []
-        for p in self.params:
-            if not p.requires_grad:
-                continue
-            owner = tape_of(p)
-            if isinstance(owner, GhostTape):
-                owner.sums.check(names[p], p)
-                total = owner.sums.pending(p)
-            elif names:
+        for p in params:
+            if isinstance(tape_of(p), GhostTape):
+                total = sums.get(p)
+            elif ghosts:
                 raise ValueError(
                     f"the optimizer trains a parameter of shape {list(p.shape)} that the model does not have: its "
                     "gradient would not be clipped"
@@ -85,8 +85,8 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                 waiting = sum_of(p)
                 p.summed_grad = total.detach() if waiting is None else waiting.add_(total)
                 p.grad = None
-        self._backwards = sum(tape.backwards for tape in self._ghosts())
-        for tape in self._ghosts():
+        self._backwards = sum(tape.backwards for tape in ghosts)
+        for tape in ghosts:
             tape.sums.clear()
             tape.backwards = 0
 
