@@ -2,6 +2,7 @@
 
 import os
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -21,6 +22,8 @@ def compiled() -> dict:
             try:
                 super().run()
             except Exception as error:  # compilers and build tools raise what they like
+                for extension in self.extensions:  # kernels of older sources would go on being used
+                    Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
                 self.extensions.clear()
                 print(f"fastclip: compiled kernels left out, the package runs without them: {error}")
 

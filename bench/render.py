@@ -12,7 +12,7 @@ from typing import Any
 
 from growth import AXES
 from largest_batch import MODES as BATCH_MODES
-from step import MODES, ROWS, ratios
+from step import MODES, ROWS, by_round, ratios
 from step_models import MODELS
 
 HERE = Path(__file__).parent
@@ -40,7 +40,8 @@ def spread(values: list[float]) -> str:
 
 def steps_table(results: dict[str, Any]) -> list[str]:
     lines = [
-        "| model, batch x tokens, precision | step | time | seconds | tokens/s | peak memory of a step | with the first step |",
+        "| model, batch x tokens, precision | step | time, of rounds | seconds | tokens/s | peak memory of a step | "
+        "with the first step |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ROWS:
@@ -62,8 +63,8 @@ def steps_table(results: dict[str, Any]) -> list[str]:
             times, ratio = result["seconds"][mode], found[mode]
             rate = batch * length / statistics.median(times)
             lines.append(
-                f"| {title} | {NAMES[mode]} | {ratio['time']:.2f}x | {spread(times)} | {rate:.0f} | {ratio['memory']:.2f}x | "
-                f"{ratio['memory_with_first_step']:.2f}x |"
+                f"| {title} | {NAMES[mode]} | {ratio['time']:.2f}x, {spread(by_round(result, mode))} | {spread(times)} | "
+                f"{rate:.0f} | {ratio['memory']:.2f}x | {ratio['memory_with_first_step']:.2f}x |"
             )
             title = ""
     return lines
@@ -238,8 +239,8 @@ def main() -> None:
         "# Benchmarks",
         "",
         "Written by `make bench` from `bench/results/*.json`. Competitors take turns in one run, step by step; times are "
-        "medians beside the median of the step without privacy, memory is the peak resident size of a process of its own "
-        "beside that of the step without privacy. The first step of fastclip tries the model, once.",
+        "medians over rounds of a step beside the step without privacy of the same round, memory is the peak resident size of "
+        "a process of its own beside that of the step without privacy. The first step of fastclip tries the model, once.",
         "",
         "Machines: " + ("; ".join(machines(steps)) or "not measured") + ".",
         "",

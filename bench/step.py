@@ -8,7 +8,8 @@ Random weights, no dropout, torch.optim.AdamW as people construct it. Modes: pla
 the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface; compiled,
 fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits, fastclip with
 losses from the model's own logits; ghost and hooks, Opacus. The processes take turns, one step at a time, so that all
-see the same machine; times are medians of their steps. Memory is of another process a mode, whose allocator gives back what
+see the same machine; a time is the median over rounds of a mode's step beside the plain step of the same round, which a machine
+that changes its speed disturbs less than two medians. Memory is of another process a mode, whose allocator gives back what
 is freed (glibc's heap otherwise keeps holes that make one and the same program come out up to a tenth apart): the peak resident
 size of all, the first step with fastclip's trial included, and of the last step alone. Opacus refuses GPT-2 and tied heads:
 there the head is untied and GPT-2's position embedding frozen, which makes its work smaller.
@@ -228,17 +229,22 @@ def measure(row: str, modes: list[str], rounds: int, small: bool) -> dict[str, A
     }
 
 
+def by_round(result: dict[str, Any], mode: str) -> list[float]:
+    """Of each round, the time of this mode's step beside the plain one's."""
+    seconds = result["seconds"]
+    return [own / plain for own, plain in zip(seconds[mode], seconds["plain"], strict=True)]
+
+
 def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Each mode beside plain: time, peak of all steps, peak of the last."""
-    seconds = {m: statistics.median(t) for m, t in result["seconds"].items()}
     memory = result["peak_bytes"]
     return {
         m: {
-            "time": seconds[m] / seconds["plain"],
+            "time": statistics.median(by_round(result, m)),
             "memory": memory[m]["last_step"] / memory["plain"]["last_step"],
             "memory_with_first_step": memory[m]["all"] / memory["plain"]["all"],
         }
-        for m in seconds
+        for m in result["seconds"]
     }
 
 

@@ -1,12 +1,17 @@
 """What installing and importing do: nothing that a user has not asked for."""
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastclip
+from fastclip import ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,3 +49,10 @@ def test_the_readme_lists_the_registered_layers():
     text = (ROOT / "README.md").read_text()
     for layer, how in fastclip.supported_layers():
         assert re.search(rf"\| `{re.escape(layer)}` \| {re.escape(how)} \|", text), layer
+
+
+def test_kernels_are_there_where_they_can_be_built():
+    """A build that fails leaves them out, and the tests that need them would say no word."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no compiler on this machine")
+    assert ops.backends()["cpp"]["state"] == "used", ops.backends()["cpp"]["why"]

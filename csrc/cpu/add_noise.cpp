@@ -11,11 +11,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Tiles [first, last) of a vector whose elements 0 to n - 1 stand `skip` elements after the first tile's start.
-template <class In, class Out>
-FASTCLIP_INLINE void body(const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t first, int64_t last) {
+template <class Set, class In, class Out>
+FASTCLIP_INLINE void body(Set set, const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t first, int64_t last) {
   alignas(64) double z[kTile];
   for (int64_t tile = first; tile < last; ++tile) {
-    draw(noise, tile, z);
+    draw(set, noise, tile, z);
     const int64_t start = tile * kTile - skip, stop = std::min(start + kTile, n);
     for (int64_t i = std::max<int64_t>(start, 0); i < stop; ++i)
       out[i] = round_once<Out>((static_cast<double>(sum[i]) + noise.std * z[i - start]) * noise.scale);
@@ -28,7 +28,7 @@ void launch(const Noise& noise, const Tensor& sum, Tensor& out, int64_t skip) {
   const auto* from = static_cast<const In*>(sum.const_data_ptr());
   auto* to = static_cast<Out*>(out.mutable_data_ptr());
   over_tiles(n, skip, [&](int64_t first, int64_t last) {
-    best([&]() FASTCLIP_LAMBDA { body(noise, from, to, n, skip, first, last); });
+    best([&](auto set) FASTCLIP_LAMBDA { body(set, noise, from, to, n, skip, first, last); });
   });
 }
 

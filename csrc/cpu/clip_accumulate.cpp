@@ -20,15 +20,15 @@ FASTCLIP_INLINE void add(const Rows<T>& grads, const std::vector<double>& factor
 }
 
 // Tiles [first, last): the sum of kTile columns, and noise where there is any.
-template <class T, class Out>
-FASTCLIP_INLINE void body(const Noise* noise, const Rows<T>& grads, const std::vector<double>& factors, Out* out, int64_t skip,
+template <class Set, class T, class Out>
+FASTCLIP_INLINE void body(Set set, const Noise* noise, const Rows<T>& grads, const std::vector<double>& factors, Out* out, int64_t skip,
                           int64_t first, int64_t last) {
   alignas(64) double z[kTile], sums[kTile];
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t begin = std::max<int64_t>(tile * kTile - skip, 0), stop = std::min((tile + 1) * kTile - skip, grads.columns);
     add(grads, factors, begin, stop - begin, sums);
     if (noise) {
-      draw(*noise, tile, z);
+      draw(set, *noise, tile, z);
       const double* own = z + (begin - (tile * kTile - skip));
       for (int64_t i = begin; i < stop; ++i) out[i] = round_once<Out>(sums[i - begin] + noise->std * own[i - begin]);
     } else {
@@ -46,7 +46,7 @@ void launch(const char* op, const Noise* noise, const Tensor& grads_in, const st
     const Rows<T> grads{static_cast<const T*>(dense.const_data_ptr()), out.numel(), out.numel()};
     Out* to = static_cast<Out*>(out.mutable_data_ptr());
     over_tiles(out.numel(), skip, [&](int64_t first, int64_t last) {
-      best([&]() FASTCLIP_LAMBDA { body(noise, grads, factors, to, skip, first, last); });
+      best([&](auto set) FASTCLIP_LAMBDA { body(set, noise, grads, factors, to, skip, first, last); });
     });
   });
 }

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "../inline.h"
 
@@ -45,16 +46,28 @@ inline Capability capability() {
 
 namespace fastclip {
 
-template <class F>
-FASTCLIP_AVX512 auto as_avx512(const F& f) { return f(); }
-template <class F>
-FASTCLIP_AVX2 auto as_avx2(const F& f) { return f(); }
+template <Capability set>
+using Set = std::integral_constant<Capability, set>;
 
-// f(), compiled for each instruction set: a lambda marked FASTCLIP_LAMBDA, which calls FASTCLIP_INLINE code only.
+template <class Set, class F>
+FASTCLIP_INLINE auto call(const F& f) {
+  if constexpr (std::is_invocable_v<const F&, Set>)
+    return f(Set{});
+  else
+    return f();
+}
+template <class F>
+FASTCLIP_AVX512 auto as_avx512(const F& f) { return call<Set<Capability::kAvx512>>(f); }
+template <class F>
+FASTCLIP_AVX2 auto as_avx2(const F& f) { return call<Set<Capability::kAvx2>>(f); }
+
+// f(), or f(set) of one that asks for it, compiled for each instruction set: a lambda marked FASTCLIP_LAMBDA, which calls
+// FASTCLIP_INLINE code only.
 template <class F>
 auto best(const F& f) {
   const Capability chosen = capability();
-  return chosen == Capability::kAvx512 ? as_avx512(f) : chosen == Capability::kAvx2 ? as_avx2(f) : f();
+  if (chosen == Capability::kAvx512) return as_avx512(f);
+  return chosen == Capability::kAvx2 ? as_avx2(f) : call<Set<Capability::kDefault>>(f);
 }
 
 }  // namespace fastclip

@@ -65,7 +65,8 @@ FASTCLIP_TILES inline bool adds_sums() {
   const Configured configured;
   _tile_loadd(0, sums, 64);
   _tile_loadd(1, ones, 64);
-  _tile_dpbf16ps(0, 1, 1);
+  _tile_loadd(2, ones, 64);
+  _tile_dpbf16ps(0, 1, 2);
   _tile_stored(0, sums, 64);
   return std::all_of(sums, sums + kTile, [](float sum) { return sum == 0x1p24f + 32; });
 }

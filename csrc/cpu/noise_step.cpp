@@ -48,13 +48,13 @@ struct Momentum {
   }
 };
 
-template <class Update>
-FASTCLIP_INLINE void body(const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip,
+template <class Set, class Update>
+FASTCLIP_INLINE void body(Set set, const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip,
                           int64_t first, int64_t last) {
   alignas(64) double z[kTile];
   alignas(64) float noisy[kTile];
   for (int64_t tile = first; tile < last; ++tile) {
-    draw(noise, tile, z);
+    draw(set, noise, tile, z);
     const int64_t begin = std::max<int64_t>(tile * kTile - skip, 0), stop = std::min((tile + 1) * kTile - skip, n);
     const double* own = z + (begin - (tile * kTile - skip));
     for (int64_t i = begin; i < stop; ++i)
@@ -71,7 +71,7 @@ FASTCLIP_INLINE void body(const Noise& noise, const Update& by, float* param, fl
 template <class Update>
 void launch(const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip) {
   over_tiles(n, skip, [&](int64_t first, int64_t last) {
-    best([&]() FASTCLIP_LAMBDA { body(noise, by, param, grad, n, skip, first, last); });
+    best([&](auto set) FASTCLIP_LAMBDA { body(set, noise, by, param, grad, n, skip, first, last); });
   });
 }
 

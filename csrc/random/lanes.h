@@ -11,6 +11,13 @@
 
 namespace fastclip {
 
+#if !defined(__CUDACC__)
+// In the compiler's own notation: one source for every instruction set.
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef double f64x8 __attribute__((vector_size(64)));
+#endif
+
 FASTCLIP_INLINE uint64_t bits_of(double x) {
   uint64_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -23,18 +30,22 @@ FASTCLIP_INLINE double from_bits(uint64_t bits) {
 }
 FASTCLIP_INLINE double square_root(double x) { return std::sqrt(x); }
 // The two halves of x times m, modulo 2^32 and above.
-FASTCLIP_INLINE void multiply(uint32_t x, uint32_t m, uint32_t& high, uint32_t& low) {
-  const uint64_t product = uint64_t{x} * m;
-  high = static_cast<uint32_t>(product >> 32);
-  low = static_cast<uint32_t>(product);
-}
+struct Multiply {
+  FASTCLIP_INLINE void operator()(uint32_t x, uint32_t m, uint32_t& high, uint32_t& low) const {
+    const uint64_t product = uint64_t{x} * m;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+#if !defined(__CUDACC__)
+  // Of the lower halves of lanes; what stands above them is anything, before and after.
+  FASTCLIP_INLINE void operator()(u64x8 x, uint32_t m, u64x8& high, u64x8& low) const {
+    low = (x & 0xffffffffULL) * m;
+    high = low >> 32;
+  }
+#endif
+};
 
 #if !defined(__CUDACC__)
-// In the compiler's own notation: one source for every instruction set.
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint64_t u64x8 __attribute__((vector_size(64)));
-typedef double f64x8 __attribute__((vector_size(64)));
-
 FASTCLIP_INLINE u64x8 even(u32x16 x) { return reinterpret_cast<u64x8>(x) & 0xffffffffULL; }
 FASTCLIP_INLINE u64x8 odd(u32x16 x) { return reinterpret_cast<u64x8>(x) >> 32; }
 FASTCLIP_INLINE u64x8 bits_of(f64x8 x) { return reinterpret_cast<u64x8>(x); }
@@ -48,11 +59,7 @@ FASTCLIP_INLINE f64x8 square_root(f64x8 x) {
   return x;
 }
 
-FASTCLIP_INLINE void multiply(u32x16 x, uint32_t m, u32x16& high, u32x16& low) {
-  const u64x8 a = even(x) * m, b = odd(x) * m;
-  low = reinterpret_cast<u32x16>((a & 0xffffffffULL) | (b << 32));
-  high = reinterpret_cast<u32x16>((a >> 32) | (b & ~0xffffffffULL));
-}
+FASTCLIP_INLINE u32x16 join(u64x8 even, u64x8 odd) { return reinterpret_cast<u32x16>((even & 0xffffffffULL) | (odd << 32)); }
 
 // Rows to columns, 8 x 8.
 FASTCLIP_INLINE void transpose(f64x8 (&x)[8]) {

@@ -7,8 +7,8 @@
 
 namespace fastclip {
 
-template <class W>
-FASTCLIP_INLINE void philox4x32(W (&counter)[4], uint32_t key0, uint32_t key1) {
+template <class W, class M = Multiply>
+FASTCLIP_INLINE void philox4x32(W (&counter)[4], uint32_t key0, uint32_t key1, const M& multiply = {}) {
   for (int round = 0; round < 10; ++round) {
     W high0, low0, high1, low1;
     multiply(counter[0], 0xD2511F53u, high0, low0);

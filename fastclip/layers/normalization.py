@@ -112,7 +112,7 @@ class _GroupNorm(Function):
         if gain or shift:
             sums = g.reshape(*ctx.size).sum(2)  # [B, C]
         if gain:
-            products = (g.view(-1, 1, ctx.size[2]) @ x.view(-1, ctx.size[2], 1)).view_as(sums)
+            products = torch.linalg.vecdot(g.view(ctx.size), x.view(ctx.size))
             mean, rstd = (s.repeat_interleave(ctx.size[1] // ctx.groups, 1) for s in (mean, rstd))  # [B, C]
             ctx.site.enter_sum(weight_param, (products - sums * mean) * rstd)
         if shift:
