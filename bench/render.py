@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from growth import AXES
-from largest_batch import MODES as BATCH_MODES
 from step import MODES, ROWS, by_round, ratios
 from step_models import MODELS
 
@@ -57,7 +56,7 @@ def steps_table(results: dict[str, Any]) -> list[str]:
         found = ratios(result)
         for mode in MODES:
             if mode in result["failed"]:
-                lines.append(f"| {title} | {NAMES[mode]} | did not run | | | | |")
+                lines.append(f"| {title} | {NAMES[mode]} | did not run beside the others | | | | |")
             if mode not in found:
                 continue
             times, ratio = result["seconds"][mode], found[mode]
@@ -93,12 +92,10 @@ def steps_plot(results: dict[str, Any], path: Path) -> None:
 
 
 def largest_batches(results: dict[str, Any]) -> list[str]:
-    lines = [
-        "| model, tokens, memory | " + " | ".join(NAMES[m] for m in BATCH_MODES) + " |",
-        "|---|" + "---|" * len(BATCH_MODES),
-    ]
+    modes = [m for m in MODES if any(m in result["modes"] for result in results.values())]
+    lines = ["| model, tokens, memory | " + " | ".join(NAMES[m] for m in modes) + " |", "|---|" + "---|" * len(modes)]
     for model, result in results.items():
-        cells = [str(result["modes"][m]["largest_batch"]) if m in result["modes"] else "" for m in BATCH_MODES]
+        cells = [str(result["modes"][m]["largest_batch"]) if m in result["modes"] else "" for m in modes]
         machine = result["machine"]["cpu"].removesuffix(" Processor")
         title = f"{MODELS[model][0]}, {result['length']}, {result['gib']:g} GiB ({machine})"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
