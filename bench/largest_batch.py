@@ -2,9 +2,8 @@
 
     python bench/largest_batch.py [--models gpt2 roberta] [--gib 6]
 
-Memory is bench/step.py's peak resident size, all steps included, the first with fastclip's trial. It is measured at two small
-batches, the largest one is taken from the line through them, and then measured until it fits and one example more does not.
-JSON to bench/results/largest_batch_cpu.json.
+Memory is bench/step.py's peak resident size, all steps included, the first with fastclip's trial; measured until a batch fits
+and one example more does not. JSON to bench/results/largest_batch_cpu.json.
 """
 
 from __future__ import annotations
@@ -22,18 +21,24 @@ LENGTHS = {"gpt2": 256, "roberta": 128}
 MODES = ("plain", "fastclip", "ghost", "hooks")
 
 
-def largest(peak: Callable[[int], int], limit: int, small: tuple[int, int] = (1, 4)) -> int:
-    """The largest batch b with ``peak(b) <= limit``, 0 if there is none; ``peak`` rises by about as much an example."""
-    low, high = small
-    if peak(low) > limit:
-        return 0
-    slope = max((peak(high) - peak(low)) / (high - low), 1.0)
-    batch = max(low, int(low + (limit - peak(low)) / slope))
-    while peak(batch) > limit:
-        batch -= 1
-    while peak(batch + 1) <= limit:
-        batch += 1
-    return batch
+def largest(peak: Callable[[int], int], limit: int) -> int:
+    """The largest batch b with ``peak(b) <= limit``, 0 if there is none; ``peak`` must rise with b.
+
+    Small batches are below what parameters and the optimizer take and say little: the batch is doubled until it does not
+    fit, and what lies between is cut where the line between its ends meets the limit.
+    """
+    fits, above = 0, 1
+    while peak(above) <= limit:
+        fits, above = above, 2 * above
+    while above - fits > 1:
+        share = (limit - peak(fits)) / (peak(above) - peak(fits)) if fits else 0.5
+        middle = fits + round(share * (above - fits))
+        middle = min(max(middle, fits + 1), above - 1)
+        if peak(middle) <= limit:
+            fits = middle
+        else:
+            above = middle
+    return fits
 
 
 def measure(model: str, mode: str, limit: int, small: bool) -> dict[str, object]:

@@ -57,12 +57,18 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
         step_models.check("gpt2")
 
 
-@pytest.mark.parametrize(("base", "slope"), [(900, 10), (200, 33.3), (990, 40)])
-@pytest.mark.parametrize("bend", [0, 15, -8])
-def test_the_largest_batch_fits_and_one_more_does_not(monkeypatch, base, slope, bend):
+@pytest.mark.parametrize(("base", "slope"), [(900, 10), (200, 33.3), (990, 40), (50, 1.5)])
+@pytest.mark.parametrize("floor", [0, 400])
+def test_the_largest_batch_fits_and_one_more_does_not(monkeypatch, base, slope, floor):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from largest_batch import largest
 
-    peaks = {b: base + slope * b + bend * (b > 5) for b in range(100)}
-    found = largest(peaks.__getitem__, 1000)
-    assert (found == 0 and peaks[1] > 1000) or peaks[found] <= 1000 < peaks[found + 1]
+    asked = []
+
+    def peak(batch):
+        asked.append(batch)
+        return max(floor, base + slope * batch)
+
+    found = largest(peak, 1000)
+    assert (found == 0 and peak(1) > 1000) or peak(found) <= 1000 < peak(found + 1)
+    assert len(set(asked)) <= 16
