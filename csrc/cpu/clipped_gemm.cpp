@@ -30,7 +30,7 @@ Rows<T> gathered(const Rows<T>& x, const std::vector<int64_t>& kept, Buffer<T>& 
 }
 
 // bf16 rows of units that are not short: the unit's factor multiplies fp32 sums, and rows stay as they are.
-constexpr int64_t kLongUnit = 32, kBlock = int64_t{1} << 18;  // elements of out that stay in cache from unit to unit
+constexpr int64_t kLongUnit = 32;
 
 // Whether any element is subnormal: products of halves take it for zero, and beside what cancels it would be missed.
 bool subnormal(const Rows<c10::BFloat16>& x, int64_t start, int64_t stop) {
@@ -54,7 +54,7 @@ std::vector<Segment> segments_of(const Rows<c10::BFloat16>& a, const Rows<c10::B
       segments.push_back({t, std::min(kSegmentRows, bounds[u + 1] - t), factor, false});
   }
   torch::stable::parallel_for(0, segments.size(), 1, [&](int64_t begin, int64_t end) {
-    for (Segment* s = &segments[begin]; s != &segments[end]; ++s)
+    for (Segment* s = segments.data() + begin; s != segments.data() + end; ++s)
       s->wide = subnormal(a, s->start, s->start + s->rows) || subnormal(g, s->start, s->start + s->rows);
   });
   return segments;
@@ -67,7 +67,7 @@ void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>&
 #endif
   const bool along_p = g.columns >= a.columns;
   const int64_t longer = std::max(a.columns, g.columns);
-  const int64_t most = std::clamp(kBlock / std::min(a.columns, g.columns) / 16 * 16, kLeast, kMost);
+  const int64_t most = std::clamp(kOutInCache / std::min(a.columns, g.columns) / 16 * 16, kLeast, kMost);
   const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, most);
   over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
     const int64_t first = task * step, count = std::min(step, longer - first);
@@ -75,7 +75,8 @@ void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>&
     float* to = out + (along_p ? first * stride : first);
     bool add = accumulate;
     for (const Segment& segment : segments) {
-      const View<c10::BFloat16> left = turned(g, segment, along_p ? first : 0), right = turned(a, segment, along_p ? 0 : first).transposed();
+      const View<c10::BFloat16> left = turned(g, segment, along_p ? first : 0);
+      const View<c10::BFloat16> right = turned(a, segment, along_p ? 0 : first).transposed();
       const std::vector<float> rows(segment.wide ? segment.rows : 0, segment.factor);
       if (segment.wide)
         gemm<float>(s.narrow, m, n, segment.rows, left, right, rows.data(), add, to, stride);

@@ -17,7 +17,7 @@ struct Segment {
   float factor;
   bool wide;
 };
-constexpr int64_t kSegmentRows = 512;
+constexpr int64_t kSegmentRows = 512, kOutInCache = int64_t{1} << 18;  // elements of out that stay in cache from unit to unit
 
 // x [N, columns]'s rows of a segment as the operand [columns, rows].
 inline View<c10::BFloat16> turned(const Rows<c10::BFloat16>& x, const Segment& segment, int64_t column) {
@@ -26,7 +26,6 @@ inline View<c10::BFloat16> turned(const Rows<c10::BFloat16>& x, const Segment& s
 
 #if FASTCLIP_HAS_TILES
 constexpr int64_t kShared = int64_t{1} << 21;  // floats that are packed for all tasks
-constexpr int64_t kSliceOfOut = int64_t{1} << 18;                   // elements
 
 struct TilesScratch {
   Packs<float> packs;
@@ -38,7 +37,8 @@ inline void clipped_by_tiles(const Rows<c10::BFloat16>& a, const Rows<c10::BFloa
   const bool along_p = g.columns >= a.columns;
   const Rows<c10::BFloat16>&longer = along_p ? g : a, &shorter = along_p ? a : g;
   const auto up = [](int64_t value) { return (value + tiles::kBlock - 1) / tiles::kBlock * tiles::kBlock; };
-  const int64_t step = std::clamp(up(longer.columns / 4), tiles::kBlock, std::max(kSliceOfOut / up(shorter.columns) / tiles::kBlock, int64_t{1}) * tiles::kBlock);
+  const int64_t most = std::max(kOutInCache / up(shorter.columns) / tiles::kBlock, int64_t{1}) * tiles::kBlock;
+  const int64_t step = std::clamp(up(longer.columns / 4), tiles::kBlock, most);
   size_t begin = 0;
   while (begin < segments.size()) {
     std::vector<int64_t> offsets{0};
@@ -55,6 +55,7 @@ inline void clipped_by_tiles(const Rows<c10::BFloat16>& a, const Rows<c10::BFloa
     });
     over_tasks<TilesScratch>((longer.columns + step - 1) / step, [&](int64_t task, TilesScratch& scratch) {
       const int64_t column = task * step, count = std::min(step, longer.columns - column);
+      const int64_t m = along_p ? count : g.columns, n = along_p ? a.columns : count;
       float* to = out + column * (along_p ? stride : 1);
       float* own = scratch.slice.get(tiles::packed_size(step, kSegmentRows));
       bool add = accumulate || begin > 0;
@@ -62,14 +63,16 @@ inline void clipped_by_tiles(const Rows<c10::BFloat16>& a, const Rows<c10::BFloa
         const Segment& segment = segments[s];
         if (segment.wide) {
           const std::vector<float> factors(segment.rows, segment.factor);
-          const View<c10::BFloat16> left = turned(g, segment, along_p ? column : 0), right = turned(a, segment, along_p ? 0 : column).transposed();
-          gemm<float>(scratch.packs, along_p ? count : g.columns, along_p ? a.columns : count, segment.rows, left, right, factors.data(), add, to, stride);
+          const View<c10::BFloat16> left = turned(g, segment, along_p ? column : 0);
+          const View<c10::BFloat16> right = turned(a, segment, along_p ? 0 : column).transposed();
+          gemm<float>(scratch.packs, m, n, segment.rows, left, right, factors.data(), add, to, stride);
           continue;
         }
         const tiles::Configured configured;
         tiles::pack(turned(longer, segment, column), count, segment.rows, along_p, own);
-        const float *left = along_p ? own : shared + offsets[s - begin], *right = along_p ? shared + offsets[s - begin] : own;
-        tiles::multiply(along_p ? count : g.columns, along_p ? a.columns : count, tiles::tiles_for(segment.rows), left, right, segment.factor, add, to, stride, -g.columns - count);
+        const float* others = shared + offsets[s - begin];
+        tiles::multiply(m, n, tiles::tiles_for(segment.rows), along_p ? own : others, along_p ? others : own, segment.factor, add, to,
+                        stride, -m);
       }
     });
     begin = end;
