@@ -256,12 +256,12 @@ def _triton(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 def check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
     if offsets.dim() != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets must be int32 of shape [U + 1], got {offsets.dtype} {list(offsets.shape)}")
-    given = {name: x for name, x in rows.items() if x is not None}
-    if len({x.shape[0] if x.dim() else None for x in given.values()}) > 1:
-        shapes = {name: list(x.shape) for name, x in given.items()}
+    given = [x for x in rows.values() if x is not None]
+    first = given[0]
+    if len({x.shape[:1] for x in given}) > 1:
+        shapes = {name: list(x.shape) for name, x in rows.items() if x is not None}
         raise ValueError(f"all of {', '.join(shapes)} must have the same number of rows, got {shapes}")
-    first = next(iter(given.values()))
-    if first.device.type == "cpu" and not torch.compiler.is_compiling():
+    if first.is_cpu and not torch.compiler.is_compiling():
         _check_offsets(offsets, first.shape[0])
 
 

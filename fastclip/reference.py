@@ -103,7 +103,7 @@ def _blocks(d: int, p: int, length: int) -> tuple[int, int]:
     """(columns whose products are summed in fp32, blocks of columns that are added in fp32); csrc has the same rule."""
     if (d + p + 2) * UNIT_ROUNDOFF_FP32 * length <= 2 * NORM_SLACK:
         return max(d, p), 1
-    return (128, 16) if length <= 256 else (64, 16) if length <= 512 else (32, 4)
+    return (128, 16) if length <= 256 else (64, 16) if length <= 512 else (32, 8) if length <= 1024 else (32, 4)
 
 
 def gram_error(d: int, p: int, length: int) -> float:

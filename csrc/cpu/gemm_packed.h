@@ -54,16 +54,17 @@ FASTCLIP_KERNEL __m512d all(double x) { return _mm512_set1_pd(x); }
 FASTCLIP_KERNEL __m512 fma(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
 FASTCLIP_KERNEL __m512d fma(__m512d x, __m512d y, __m512d z) { return _mm512_fmadd_pd(x, y, z); }
 
-// c [kHeight, kWidth] (+)= x y; x: [k, kHeight] packed, y: [k, kWidth] with this distance of rows.
+// c [kHeight, kWidth] (+)= x y; x: [k, kHeight] and y: [k, kWidth], packed or with these distances of rows.
 template <class To>
-FASTCLIP_KERNEL void block(int64_t k, const To* x, const To* y, int64_t row, bool accumulate, To* c, int64_t stride) {
+FASTCLIP_KERNEL void block(int64_t k, const To* x, int64_t x_row, const To* y, int64_t row, bool accumulate, To* c,
+                           int64_t stride) {
   Lanes<To> sums[kHeight][2];
   for (auto& row : sums) row[0] = row[1] = all(To{0});
   for (int64_t t = 0; t < k; ++t) {
     const Lanes<To> left = read(y + t * row), right = read(y + t * row + kLanes<To>);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kHeight; ++i) {
-      const Lanes<To> value = all(x[t * kHeight + i]);
+      const Lanes<To> value = all(x[t * x_row + i]);
       sums[i][0] = fma(value, left, sums[i][0]);
       sums[i][1] = fma(value, right, sums[i][1]);
     }
@@ -190,10 +191,10 @@ FASTCLIP_AVX512 void multiply(Packs<To>& packs, int64_t m, int64_t n, int64_t k,
             const To* other = placed ? reinterpret_cast<const To*>(y.data + t * y.row) + j + b : right + b * depth;
             const int64_t row = placed ? y.row : width;
             if (a + kHeight <= rows && b + width <= columns) {
-              block(depth, panel, other, row, add, to, stride);
+              block(depth, panel, kHeight, other, row, add, to, stride);
               continue;
             }
-            block(depth, panel, other, row, false, edge, width);
+            block(depth, panel, kHeight, other, row, false, edge, width);
             for (int64_t r = 0; r < std::min(kHeight, rows - a); ++r)
               for (int64_t q = 0; q < std::min(width, columns - b); ++q)
                 to[r * stride + q] = edge[r * width + q] + (add ? to[r * stride + q] : To{0});

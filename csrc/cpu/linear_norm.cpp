@@ -1,4 +1,4 @@
-// linear_norms, row_norm_products: per unit u, |W_u|^2 for W_u = sum_t g_t a_t^T, and sum_t |a_t||g_t|.
+// linear_norms: per unit u, |W_u|^2 for W_u = sum_t g_t a_t^T, and sum_t |a_t||g_t|.
 //
 // a: [N, d], K times g: [N, p] fp32, fp64, bf16 or fp16, offsets: int32 or int64 [U + 1] -> fp64 [K, 2, U].
 // Gram route: sum over pairs of rows of (a_s . a_t)(g_s . g_t), L^2 (d + p) FLOPs by symmetry, in tiles of rows that are
@@ -7,6 +7,7 @@
 #include <cmath>
 #include <string>
 
+#include "row_norms.h"
 #include "unit_products.h"
 
 namespace fastclip {
@@ -16,18 +17,6 @@ constexpr double kRoundoff64 = 0x1p-53, kSmallestRow = 1e-15, kCancelling = 4;
 // Beside larger rows, what underflows in another factor would matter: such a unit gets inf, and so no part in the sum.
 template <class T>
 constexpr double kLargestRow = std::is_same_v<T, double> ? 0x1p400 : 0x1p100;
-
-template <class T>
-std::vector<double> row_norms(const Rows<T>& x, int64_t rows) {
-  std::vector<double> norms(rows);
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
-    best([&]() FASTCLIP_LAMBDA {
-      for (int64_t t = first; t < last; ++t) norms[t] = square_above(x.row(t), x.columns);
-      for (int64_t t = first; t < last; ++t) norms[t] = __builtin_sqrt(norms[t]);
-    });
-  });
-  return norms;
-}
 
 // The norms of one g, and what is yet to be done for them.
 struct Job {
@@ -53,20 +42,12 @@ class Norms {
 
   void run(const std::string& route, double* out) {
     const int64_t units = bounds.size() - 1;
-    bool one_by_one = true;
-    for (int64_t u = 0; u < units; ++u) one_by_one &= length(u) == 0 || alone(u);
-    const std::vector<double> a_norms = one_by_one ? std::vector<double>() : row_norms(a, bounds.back());
-    for (size_t k = 0; k < g.size(); ++k) {
-      jobs.push_back({one_by_one ? std::vector<double>() : row_norms(g[k], bounds.back()), std::vector<double>(units),
-                      out + 2 * k * units, out + (2 * k + 1) * units, std::vector<bool>(units), std::vector<bool>(units)});
-      spread(a_norms, jobs.back());
-    }
     std::vector<int64_t> single, gram, direct;
     for (int64_t u = 0; u < units; ++u) {
       const int64_t rows = length(u);
       if (rows == 0) {
         continue;
-      } else if (alone(u)) {
+      } else if (rows == 1 && !std::is_same_v<T, double>) {  // squares of fp64 rows may underflow on the way
         single.push_back(u);
       } else if (route == "direct" || (route == "auto" && rows * (a.columns + columns) > 2 * a.columns * columns)) {
         direct.push_back(u);
@@ -74,6 +55,12 @@ class Norms {
         gram.push_back(u);
       }
     }
+    std::fill(out, out + 2 * units * g.size(), 0.0);
+    const int64_t rows = gram.empty() && direct.empty() ? 0 : bounds.back();
+    a_norms.resize(rows);
+    for (size_t k = 0; k < g.size(); ++k)
+      jobs.push_back({std::vector<double>(rows), std::vector<double>(units), out + 2 * k * units, out + (2 * k + 1) * units,
+                      std::vector<bool>(units), std::vector<bool>(units)});
     by_row(single);
     by_gram(gram);
     by_slices(direct);
@@ -84,20 +71,32 @@ class Norms {
 
  private:
   int64_t length(int64_t u) const { return bounds[u + 1] - bounds[u]; }
-  // A unit of one row; squares of fp64 rows may underflow on the way.
-  bool alone(int64_t u) const { return length(u) == 1 && !std::is_same_v<T, double>; }
   Blocks blocks(int64_t u) const { return blocks_for(a.columns, widest, length(u)); }
 
-  void spread(const std::vector<double>& a_norms, Job& job) const {
-    for (size_t u = 0; u + 1 < bounds.size(); ++u) {
-      job.squares[u] = job.spreads[u] = 0;
-      if (alone(u)) continue;
+  // Norms of these units' rows, from the rows.
+  void measure(const Rows<T>& x, const std::vector<int64_t>& units, std::vector<double>& norms) const {
+    const std::vector<Tile> list = tiles(units);
+    over_tasks<Scratch>(list.size(), [&](int64_t i, Scratch&) { row_norms(x, list[i].i, list[i].j, norms.data()); });
+  }
+
+  // From products of a tile's rows with themselves.
+  template <class To>
+  void take_norms(const Rows<T>& x, const Tile& tile, const Products<To>& found, std::vector<double>& norms) const {
+    for (int64_t t = tile.i; t < tile.j; ++t) norms[t] = found.data[(t - tile.i) * (found.stride + 1)] * (1 + found.off);
+    roots(x, tile.i, tile.j, norms.data());
+  }
+
+  void spread(Job& job, const std::vector<int64_t>& units) const {
+    for (int64_t u : units) {
+      double sum = 0, lost = 0;
+      bool large = false;
       for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) {
-        const double product = a_norms[t] * job.norms[t];
-        job.spreads[u] += product;
-        if (a_norms[t] < kSmallestRow || job.norms[t] < kSmallestRow) job.lost[u] += product;
-        if (a_norms[t] > kLargestRow<T> || job.norms[t] > kLargestRow<T>) job.large[u] = true;
+        const double left = a_norms[t], right = job.norms[t], product = left * right;
+        sum += product;
+        lost += left < kSmallestRow || right < kSmallestRow ? product : 0;
+        large |= left > kLargestRow<T> || right > kLargestRow<T>;
       }
+      job.spreads[u] = sum, job.lost[u] = lost, job.large[u] = large;
     }
   }
 
@@ -107,7 +106,7 @@ class Norms {
   std::vector<Tile> tiles(const std::vector<int64_t>& units) const {
     std::vector<Tile> list;
     for (int64_t u : units) {
-      const int64_t step = length(u) <= 2 * kRows && !packed::faster() ? kFewRows : kRows;
+      const int64_t step = length(u) <= 2 * kRows && !packs_once<T>() ? kFewRows : kRows;
       for (int64_t i = bounds[u]; i < bounds[u + 1]; i += step) list.push_back({u, i, std::min(i + step, bounds[u + 1]), bounds[u + 1]});
     }
     return list;
@@ -116,12 +115,12 @@ class Norms {
   // |g_t a_t^T| = |a_t||g_t|.
   void by_row(const std::vector<int64_t>& units) {
     torch::stable::parallel_for(0, units.size(), 64, [&](int64_t first, int64_t last) {
-      best([&]() FASTCLIP_LAMBDA {
+      best([&](auto set) FASTCLIP_LAMBDA {
         for (int64_t i = first; i < last; ++i) {
           const int64_t t = bounds[units[i]];
-          const double left = square_near<8>(a.row(t), a.columns);
+          const double left = square_near<8, decltype(set)>(a.row(t), a.columns);
           for (size_t k = 0; k < g.size(); ++k) {
-            const double right = square_near<8>(g[k].row(t), g[k].columns), both = left * right;
+            const double right = square_near<8, decltype(set)>(g[k].row(t), g[k].columns), both = left * right;
             constexpr double largest = kLargestRow<T> * kLargestRow<T>;
             jobs[k].squares[units[i]] = left > largest || right > largest ? HUGE_VAL : both;
             jobs[k].spreads[units[i]] = __builtin_sqrt(both) * (1 + 16 * 0x1p-24);  // not below the exact one
@@ -132,22 +131,21 @@ class Norms {
   }
 
   void by_gram(const std::vector<int64_t>& units) {
-    std::vector<int64_t> narrow;
-    for (int64_t u : units) {
-      const bool wide = std::is_same_v<T, double> || blocks(u).terms * kRoundoff32 * length(u) > 2 * kNormSlack;
-      bool any = false;
-      for (Job& job : jobs) job.again[u] = wide && !nothing(job, u), any |= !nothing(job, u);
-      if (!wide && any) narrow.push_back(u);
-    }
+    std::vector<int64_t> narrow, wide;
+    for (int64_t u : units)
+      (std::is_same_v<T, double> || blocks(u).terms * kRoundoff32 * length(u) > 2 * kNormSlack ? wide : narrow).push_back(u);
     const std::vector<Tile> list = tiles(narrow);
     const int64_t few = capability() == Capability::kAvx512 && !by_tiles<T>() ? kFew : 16, longest = std::max(a.columns, widest);
-    // A product is kFewChunk / 16 sums in each of 16 lanes, 4 levels above them, and its chunks: no more than blocks allow.
-    const bool chunks_suffice = kFewChunk / 16 + 4 + (longest + kFewChunk - 1) / kFewChunk <= 128 + 16;
+    const bool chunks_suffice = few_terms(longest) <= 128 + 16;  // no more than blocks allow
     const auto parts = over(list, [&](const Tile& tile, Scratch& s, double* to) {
       const Blocks how = blocks(tile.unit);
-      const auto each = [&](const auto* left, const auto& right) {
-        for (size_t k = 0; k < g.size(); ++k)
-          if (!nothing(jobs[k], tile.unit)) to[k] = weigh(tile, left, right(g[k]));
+      const auto each = [&](const auto& left, const auto& right) {
+        take_norms(a, tile, left, a_norms);
+        for (size_t k = 0; k < g.size(); ++k) {
+          const auto found = right(g[k]);
+          take_norms(g[k], tile, found, jobs[k].norms);
+          to[k] = weigh(tile, left, found);
+        }
       };
       if (tile.i == bounds[tile.unit] && tile.stop - tile.i <= few && (how.columns >= longest || chunks_suffice))
         each(few_products(a, tile, s.copy, s.tile), [&](const Rows<T>& x) { return few_products(x, tile, s.copy, s.other); });
@@ -158,19 +156,23 @@ class Norms {
              [&](const Rows<T>& x) { return blocked_products(x, tile, how, s, s.right); });
     });
     add(list, parts);
-    for (int64_t u : narrow)
-      for (Job& job : jobs)
-        job.again[u] =
-            !nothing(job, u) && !enough(job, u, length(u), blocks(u).terms * kRoundoff32 * job.spreads[u] * job.spreads[u]);
-
+    if (!wide.empty()) measure(a, wide, a_norms);
     for (size_t k = 0; k < g.size(); ++k) {
       Job& job = jobs[k];
+      if (!wide.empty()) measure(g[k], wide, job.norms);
+      spread(job, units);
       std::vector<int64_t> again;
-      for (int64_t u : units)
-        if (job.again[u]) again.push_back(u), job.squares[u] = 0;
+      for (int64_t u : wide) job.again[u] = true;
+      for (int64_t u : narrow)
+        job.again[u] = !enough(job, u, length(u), blocks(u).terms * kRoundoff32 * job.spreads[u] * job.spreads[u]);
+      for (int64_t u : units) {
+        if (nothing(job, u)) job.again[u] = false;
+        if (job.again[u]) again.push_back(u);
+        if (job.again[u] || nothing(job, u)) job.squares[u] = 0;
+      }
       const std::vector<Tile> rest = tiles(again);
       const auto exact = over(rest, [&](const Tile& tile, Scratch& s, double* to) {
-        const double* left = products<double>(a, tile, s, s.left);
+        const auto left = products<double>(a, tile, s, s.left);
         to[k] = weigh(tile, left, products<double>(g[k], tile, s, s.right));
       });
       add(rest, exact);
@@ -182,12 +184,24 @@ class Norms {
   }
 
   void by_slices(const std::vector<int64_t>& units) {
+    if (units.empty()) return;
+    bool measured = false;
     for (size_t k = 0; k < g.size(); ++k) {
       Job& job = jobs[k];
+      const bool few = by_narrow(k);
+      if (few) {
+        one_pass(k, units);
+      } else {
+        measure(g[k], units, job.norms);
+        if (!measured) measure(a, units, a_norms);
+      }
+      measured = true;
+      spread(job, units);
       const auto pass = [&](auto zero, bool again) {
         std::vector<Slice> list;
         const int64_t longer = std::max(a.columns, g[k].columns), shorter = std::min(a.columns, g[k].columns);
-        const int64_t step = std::clamp<int64_t>((longer / 4 + 15) / 16 * 16, 16, std::max<int64_t>(16, kSlice / shorter));
+        const int64_t slices = 2 * ((longer * shorter + 2 * kSlice - 1) / (2 * kSlice));
+        const int64_t step = ((longer + slices - 1) / slices + 15) / 16 * 16;
         for (int64_t u : units) {
           if (nothing(job, u) || (again && !job.again[u])) continue;
           job.squares[u] = 0;
@@ -208,15 +222,50 @@ class Norms {
         for (int64_t u : units) add_error(u);
         continue;
       }
-      pass(float{}, false);
+      if (!few) pass(float{}, false);
       for (int64_t u : units) {
         // |W_u| itself is off by no more than `off`; its square by twice that, and half of it again, of it.
-        const double off = (std::min(kSliceRows, length(u)) + kSliceGroup + 2) * kRoundoff32 * job.spreads[u];
+        const int64_t rows = few ? narrow::kBlockRows : slice_rows(length(u)) + kSliceGroup;
+        const double off = (std::min(rows, length(u) + kSliceGroup) + 2) * kRoundoff32 * job.spreads[u];
         job.again[u] = !nothing(job, u) && !enough(job, u, length(u), 2 * off * std::sqrt(job.squares[u]) + off * off);
+        if (nothing(job, u)) job.squares[u] = 0;
       }
       pass(double{}, true);
       for (int64_t u : units)
         if (job.again[u]) add_error(u);
+    }
+  }
+
+  bool by_narrow(size_t k) const {
+    return narrow::faster() && !std::is_same_v<T, double> && std::min(a.columns, g[k].columns) <= narrow::kMost;
+  }
+
+  // Squares and the norms of both sides' rows where one side is narrow.
+  void one_pass(size_t k, const std::vector<int64_t>& units) {
+    if constexpr (!std::is_same_v<T, double>) {
+      const bool wide_a = a.columns > g[k].columns;
+      const Rows<T>&wide = wide_a ? a : g[k], &few = wide_a ? g[k] : a;
+      std::vector<double>&norms = wide_a ? a_norms : jobs[k].norms, &few_norms = wide_a ? jobs[k].norms : a_norms;
+      const int64_t step = narrow::columns_of(few.columns), pieces = (wide.columns + step - 1) / step, rows = bounds.back();
+      std::vector<double> squares(pieces * rows);
+      for (int64_t u : units) jobs[k].squares[u] = 0;
+      std::vector<Slice> list;
+      for (int64_t u : units)
+        for (int64_t c = 0; c < wide.columns; c += step) list.push_back({u, c, std::min(c + step, wide.columns)});
+      const auto parts = over(list, [&](const Slice& here, Scratch& s, double* to) {
+        const int64_t start = bounds[here.unit], stop = bounds[here.unit + 1];
+        to[k] = narrow::square(few, wide, start, stop, here.first, here.last, s.narrow, &squares[here.first / step * rows]);
+        if (here.first == 0) row_norms(few, start, stop, few_norms.data());
+      });
+      add(list, parts);
+      for (int64_t u : units) {
+        const int64_t start = bounds[u], stop = bounds[u + 1];
+        for (int64_t t = start; t < stop; ++t) norms[t] = squares[t];
+        for (int64_t piece = 1; piece < pieces; ++piece)
+          for (int64_t t = start; t < stop; ++t) norms[t] += squares[piece * rows + t];
+        for (int64_t t = start; t < stop; ++t) norms[t] *= 1 + (step / 16 + 8) * kRoundoff32;
+        roots(wide, start, stop, norms.data());
+      }
     }
   }
 
@@ -238,6 +287,7 @@ class Norms {
   const std::vector<Rows<T>>& g;
   const std::vector<int64_t>& bounds;
   int64_t columns = 0, widest = 0;
+  std::vector<double> a_norms;  // [N]
   std::vector<Job> jobs;
 };
 
@@ -267,33 +317,8 @@ Tensor linear_norms(const Tensor& a_in, std::vector<Tensor> g_in, const Tensor& 
   return out;
 }
 
-// sum_t |a_t||g_t| a unit: the second of the parts alone.
-Tensor row_norm_products(const Tensor& a, const Tensor& g, const Tensor& offsets) {
-  const char* op = "row_norm_products";
-  STD_TORCH_CHECK(a.dim() == 2 && g.dim() == 2 && a.size(0) == g.size(0), op, ": a must be [N, d] and g [N, p] with the same N");
-  const auto bounds = bounds_of(op, offsets, a.size(0));
-  const int64_t units = bounds.size() - 1, rows = bounds.back();
-  const auto norms = [&](const Tensor& x) {
-    std::vector<double> out;
-    const Tensor dense = dense_rows(x, x.scalar_type());
-    by_dtype(op, x.scalar_type(), [&](auto zero) { out = row_norms(rows_of<decltype(zero)>(dense), rows); });
-    return out;
-  };
-  const std::vector<double> a_norms = norms(a), g_norms = norms(g);
-  Tensor out = torch::stable::new_empty(a, {units}, ScalarType::Double);
-  auto* to = static_cast<double*>(out.mutable_data_ptr());
-  for (int64_t u = 0; u < units; ++u) {
-    to[u] = 0;
-    for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) to[u] += a_norms[t] * g_norms[t];
-  }
-  return out;
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastclip, CPU, m) {
-  m.impl("linear_norms", TORCH_BOX(&linear_norms));
-  m.impl("row_norm_products", TORCH_BOX(&row_norm_products));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastclip, CPU, m) { m.impl("linear_norms", TORCH_BOX(&linear_norms)); }
 
 }  // namespace fastclip

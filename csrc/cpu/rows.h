@@ -41,6 +41,10 @@ Rows<T> rows_of(const Tensor& x) {
 }
 
 inline std::vector<int64_t> integers(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Int && x.is_contiguous()) {
+    const auto* values = static_cast<const int32_t*>(x.const_data_ptr());
+    return {values, values + x.numel()};
+  }
   const Tensor wide = torch::stable::contiguous(x.scalar_type() == ScalarType::Long ? x : torch::stable::to(x, ScalarType::Long));
   const auto* values = static_cast<const int64_t*>(wide.const_data_ptr());
   return {values, values + wide.numel()};
@@ -86,16 +90,27 @@ inline ScalarType common(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// work(task, scratch) for each task in [0, count), on whichever thread is free. Each writes to a place of its own, so that
+// work(task, scratch) for each task in [0, count): a thread takes those of its own part in order, then what others have left.
+// Neighbours stay on one thread, where earlier layers left their rows in cache. Each writes to a place of its own, so that
 // neither order nor number of threads shows anywhere; and a task that were alone outside a parallel region would have its
 // products split among threads by the BLAS.
 template <class Scratch, class F>
 void over_tasks(int64_t count, const F& work) {
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  if (count == 0) return;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(count, 2));
+  std::vector<Part> parts(threads);
+  for (int64_t i = 0; i < threads; ++i) parts[i].next = i * count / threads, parts[i].end = (i + 1) * count / threads;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;  // kept: buffers of a few MB that come and go would fragment the heap
-    for (int64_t t; begin < end && (t = next++) < count;) work(t, scratch);
+    if (begin == end) return;
+    for (int64_t i = 0; i < threads; ++i) {
+      Part& part = parts[(begin + i) % threads];
+      for (int64_t t; (t = part.next++) < part.end;) work(t, scratch);
+    }
   });
 }
 
