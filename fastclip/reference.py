@@ -6,6 +6,7 @@ with inf or NaN gets a non-finite norm and touches no other unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,7 +21,7 @@ CANCELLING = 4
 _CHUNK_BYTES = 64 << 20
 _GRAM_BLOCK = 128  # rows
 LARGEST_ROW, LARGEST_ROW_FP64 = 2.0**100, 2.0**400
-_SMALLEST_FP32_ROW = 1e-15  # products of rows below it may lose themselves to underflow
+_FLUSHED = 2.0**-50  # times sqrt(columns): products of rows below it may lose themselves to what processors flush
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,10 +88,10 @@ def _gram(a: Tensor, g: Tensor, products: Tensor) -> Tensor:
     columns, group = _blocks(d, p, length)
     short = columns >= max(d, p)
     total = _gram_short(a.float(), g.float()) if short else _gram_fp32(a.float(), g.float(), columns, group)
-    tiny = (_row_norms(a) < _SMALLEST_FP32_ROW) | (_row_norms(g) < _SMALLEST_FP32_ROW)
-    lost = (products * tiny).sum(1).square_()
+    tiny = (_row_norms(a) < _FLUSHED * math.sqrt(d)) | (_row_norms(g) < _FLUSHED * math.sqrt(p))
+    lost = 2 * (products * tiny).sum(1) * spread.sqrt()
     enough = (error * spread <= 2 * NORM_SLACK * total) & (spread <= CANCELLING * length * total)
-    again = ~(enough & (lost <= 1e-9 * total) & (total > 1e-30) & total.isfinite())
+    again = ~(enough & (lost <= 1e-6 * total) & (total > 1e-30) & total.isfinite())
     nothing = spread == 0  # a unit that does not touch this layer: common, and not worth another look
     if bool(nothing.any()):
         again[nothing] = ~((a[nothing] == 0).all(2).all(1) | (g[nothing] == 0).all(2).all(1))
@@ -110,6 +111,11 @@ def gram_error(d: int, p: int, length: int) -> float:
     """Times ``(sum_t |a_t||g_t|)^2``: the most that the fp32 Gram sum of a unit of ``length`` rows is off."""
     columns, group = _blocks(d, p, length)
     return (d + p + 2 if columns >= max(d, p) else 2 * (columns + group + 1)) * UNIT_ROUNDOFF_FP32
+
+
+def direct_error(length: int) -> float:
+    """Times ``sum_t |a_t||g_t|``: the most that ``W_u`` of a unit of ``length`` rows is off in the compiled direct route."""
+    return (min(length, 1024) + 18) * UNIT_ROUNDOFF_FP32
 
 
 def _gram_short(a: Tensor, g: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ Guarantees, given that every trainable parameter's every use is entered (module.
   ``NORM_SLACK``; where a unit's rows cancel so far that the fp32 rounding of its sum could be more than ``SUM_SLACK`` of
   its norm, that bound is added to its norm;
 - what rounding may then still add, ``ROUNDING_SLACK`` for both, the optimizer charges to the noise;
-- a unit whose norm is not finite gets factor 0 in every group and is counted; its rows are zeroed, not multiplied.
+- a unit whose norm is not finite, or whose sum_t |a_t||g_t| is beyond fp32, gets factor 0 in every group and is counted; its
+  rows are zeroed, not multiplied.
 """
 
 from __future__ import annotations
@@ -26,11 +27,19 @@ from torch import Tensor
 from fastclip import ops
 from fastclip.clipping import ClippingRule
 from fastclip.head_rows import HeadRows
-from fastclip.reference import NORM_SLACK, UNIT_ROUNDOFF_FP32, UNIT_ROUNDOFF_FP64, accumulation_dtype, gram_error
+from fastclip.reference import (
+    NORM_SLACK,
+    UNIT_ROUNDOFF_FP32,
+    UNIT_ROUNDOFF_FP64,
+    accumulation_dtype,
+    direct_error,
+    gram_error,
+)
 from fastclip.units import Segments, merge
 
 SUM_SLACK = 2.0**-9
 ROUNDING_SLACK = NORM_SLACK + SUM_SLACK
+LARGEST_SPREAD = 2.0**126
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,18 @@ def copied(entry: Entry, lent: Sequence[Tensor]) -> Entry:
 
 
 Slot = tuple[Tensor, int, int]  # a parameter and the range of its rows that the entries belong to
+
+
+def turn(slot: Slot, entries: Sequence[Entry]) -> tuple[bool, int]:
+    """When the slot's clipped sum should take the place of its entries, so that both together need little memory at any time.
+
+    First those that leave less than there was, small sums before large ones; then the others, by what they free.
+    """
+    p = slot[0]
+    held = {x.data_ptr(): x for e in entries for f in fields(e) if isinstance(x := getattr(e, f.name), Tensor)}
+    freed = sum(x.numel() * x.itemsize for x in held.values())
+    taken = p.numel() * p.itemsize if p.grad is None else 0
+    return taken > freed, -freed if taken > freed else taken
 
 
 def separate(slots: dict[Slot, list[Entry]]) -> dict[Slot, list[Entry]]:
@@ -327,7 +348,9 @@ def _tied_square(head: LinearRows | HeadRows, parts: Tensor, others: Tensor, emb
     if square.device.type == "cpu" and head.a.dtype != torch.float64:
         lengths = head.segments.offsets.diff().tolist()
         worst = torch.tensor([gram_error(head.a.shape[1], head.vocabulary, n) for n in lengths], dtype=torch.float64)
-        error = worst * parts[1].square()
+        rows = torch.tensor([direct_error(n) for n in lengths], dtype=torch.float64) * parts[1]
+        # Whichever route was taken.
+        error = torch.maximum(worst * parts[1].square(), 2 * rows * parts[0].sqrt() + rows.square())
         for u in (~(error <= 2 * NORM_SLACK * (square + others))).nonzero().flatten().tolist():
             square[u] = head.square_again(u)
     return (square + others).clamp_min(0) + 1e-12 * (square + embedding)
@@ -374,7 +397,8 @@ def clip(found: Measure, scale: Tensor, rule: ClippingRule, spread_limit: float)
     # No rule gets beyond its own bound, and no factor is so small that fp32 would lose its digits.
     clipped = (factors * guarded).square().sum(0).sqrt()  # [U]
     factors = factors * (rule.max_grad_norm / clipped).clamp(max=1.0) * scale
-    finite = found.square.isfinite().all(0) & factors.isfinite().all(0)  # [U]
+    # A sum within `spread` overflows nowhere on its way, whatever the factor then does to it.
+    finite = (found.square.isfinite() & factors.isfinite() & (found.spread < LARGEST_SPREAD)).all(0)  # [U]
     factors = factors.masked_fill(~finite | (factors < 1e-30), 0.0)
     total = norms.square().sum(0).sqrt()
     return Outcome(total.float(), factors, (~finite).sum())

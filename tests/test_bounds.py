@@ -108,3 +108,48 @@ def test_subnormal_rows_are_in_the_clipped_sum() -> None:
     exact = g.double().T @ a.double()
     found = ops.clipped_gemm(a, g, offsets, torch.ones(1), torch.zeros(32, 32))
     assert found.double().norm() <= exact.norm() + 1e-20
+
+
+@COMPILED
+def test_a_long_head_that_cancels_its_embedding_is_measured_again():
+    """By the direct route, whose fp32 sums of equal rows drift; what is left of the sum is 3 % of either."""
+    torch.manual_seed(0)
+    for _ in range(30):
+        a, z = (torch.randn(1, n).expand(1000, n).contiguous() for n in (8, 40))
+        gradient = z.double().T @ a.double()
+        ids, e = torch.arange(40), (-0.97 * gradient).float()
+        head = tape.LinearRows(a, z, Segments(None, whole([0, 1000], dtype=torch.int32)))
+        tail = tape.EmbeddingRows(ids, e, Segments(None, whole([0, 40], dtype=torch.int32)), None)
+        found = float(tape.measure([head, tail], torch.float32).square.sqrt())
+        assert found >= float((gradient + e.double()).norm()) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_that_processors_flush(backend, dtype, flushed):
+    """Each row is one element and many whose products with another row's are below 2^-126 each, and not together."""
+    length, d = 1024, 2048
+    a = torch.full((length, d), 1.05e-19)
+    a[torch.arange(length), torch.arange(length)] = 1.03e-15
+    a, g = a.to(dtype), torch.zeros(length, 2048, dtype=dtype)
+    g[:, 0] = 1e4
+    wanted = exact(a, g)
+    torch.set_flush_denormal(flushed)
+    try:
+        found = float(ops.linear_norm(a, g, whole([0, length], dtype=torch.int32), "gram", backend=backend).sqrt())
+    finally:
+        torch.set_flush_denormal(False)
+    assert found >= wanted * (1 - 1e-5)
+
+
+def test_a_unit_whose_sum_overflows_takes_no_part():
+    """Its norm is finite, and with a C beyond measure so is its factor; the sum in fp32 is not."""
+    model = nn.Linear(256, 256, bias=False).to(torch.bfloat16)
+    clipper = fastclip.attach(model, max_grad_norm=2.0**60, strict=False)
+    x = torch.ones(2, 40, 256, dtype=torch.bfloat16)
+    x[1] *= 2.0**70
+    weights = torch.tensor([1.0, 2.0**70], dtype=torch.bfloat16)
+    (model(x) * weights[:, None, None]).sum().backward()
+    assert clipper.nonfinite_units == 1
+    assert float(model.weight.grad.double().norm()) == pytest.approx(40 * 256, rel=1e-2)

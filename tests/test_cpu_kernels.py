@@ -243,6 +243,27 @@ def test_the_number_of_threads_shows_nowhere():
             assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize(
+    ("d", "p", "lengths"), [(511, 63, [1024]), (512, 64, [1024, 1024]), (32, 257, [300, 5]), (768, 768, [128] * 4)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_number_of_threads_shows_in_no_product(d, p, lengths, dtype):
+    """A BLAS chooses by the number of threads that it could have."""
+    a, g = torch.randn(sum(lengths), d, dtype=dtype), torch.randn(sum(lengths), p, dtype=dtype)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = ops.clipped_gemm(a, g, offsets, torch.full((len(lengths),), 0.3), torch.zeros(p, d, dtype=dtype))
+            norms = [ops.linear_norm(a, g, offsets, route, backend="cpp") for route in ("auto", "gram", "direct")]
+            results.append([out, *norms])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
 def bad(**changes):
     offsets = torch.tensor([0, 2, 5])
     good = {

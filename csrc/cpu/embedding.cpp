@@ -133,11 +133,12 @@ Tensor tied_cross(const Tensor& h_in, const Tensor& z_in, const Tensor& head_off
   for (int64_t u = 0; u < units; ++u)
     for (int64_t s = head[u]; s < head[u + 1] && tail[u] < tail[u + 1]; s += kHeadRows) tasks.push_back({u, s});
   std::vector<double> parts(tasks.size());
-  const ScalarType type = common(common(h_in.scalar_type(), e_in.scalar_type()), z_in.scalar_type());
-  const Tensor h_dense = dense_rows(h_in, type), e_dense = dense_rows(e_in, type), z_dense = dense_rows(z_in, type);
+  const ScalarType type = common(h_in.scalar_type(), e_in.scalar_type());
+  const Tensor h_dense = dense_rows(h_in, type), e_dense = dense_rows(e_in, type);
+  const Tensor z_dense = dense_rows(z_in, z_in.scalar_type());  // by far the largest of them: not in another dtype
   by_dtype(op, type, [&](auto zero) {
     using T = decltype(zero);
-    const Rows<T> h = rows_of<T>(h_dense), e = rows_of<T>(e_dense), z = rows_of<T>(z_dense);
+    const Rows<T> h = rows_of<T>(h_dense), e = rows_of<T>(e_dense);
     over_tasks<Scratch>(tasks.size(), [&](int64_t task, Scratch& s) {
       const auto [u, first] = tasks[task];
       const int m = std::min(kHeadRows, head[u + 1] - first);
@@ -153,8 +154,11 @@ Tensor tied_cross(const Tensor& h_in, const Tensor& z_in, const Tensor& head_off
       const double one = 1, none = 0;
       dgemm_("T", "N", &n, &m, &d, &one, right, &d, left, &d, &none, product, &n);
       double total = 0;
-      for (int i = 0; i < m; ++i)
-        for (int j = 0; j < n; ++j) total += static_cast<double>(z.row(first + i)[ids[s.order[j]]]) * product[int64_t{i} * n + j];
+      by_dtype(op, z_in.scalar_type(), [&](auto of_z) {
+        const auto z = rows_of<decltype(of_z)>(z_dense);
+        for (int i = 0; i < m; ++i)
+          for (int j = 0; j < n; ++j) total += static_cast<double>(z.row(first + i)[ids[s.order[j]]]) * product[int64_t{i} * n + j];
+      });
       parts[task] = total;
     });
   });

@@ -13,10 +13,13 @@
 namespace fastclip {
 namespace {
 
-constexpr double kRoundoff64 = 0x1p-53, kSmallestRow = 1e-15, kCancelling = 4;
+constexpr double kRoundoff64 = 0x1p-53, kCancelling = 4;
 // Beside larger rows, what underflows in another factor would matter: such a unit gets inf, and so no part in the sum.
 template <class T>
 constexpr double kLargestRow = std::is_same_v<T, double> ? 0x1p400 : 0x1p100;
+
+// A row above which no product with another such row loses more than half a rounding to what processors flush: 2^-126 a column.
+inline double smallest_row(int64_t columns) { return std::sqrt(static_cast<double>(columns)) * 0x1p-50; }
 
 // The norms of one g, and what is yet to be done for them.
 struct Job {
@@ -25,12 +28,12 @@ struct Job {
   std::vector<bool> again, large;   // [U]: in fp64, and with a row beyond kLargestRow
 };
 
-// Whether fp32 has done: `error` bounds what the square is off by. Rows that do not cancel have spread^2 of at most `length`
+// Whether fp32 has done: `error` bounds what the square is off by, 2 lost spread what it is off by for tiny rows. Rows that do not cancel have spread^2 of at most `length`
 // times the square, and are then far closer than the bound; those that do are not left to it.
 bool enough(const Job& job, int64_t u, int64_t length, double error) {
   const double square = job.squares[u], spread = job.spreads[u];
   return std::isfinite(square) && error <= 2 * kNormSlack * square && spread * spread <= kCancelling * length * square &&
-         job.lost[u] * job.lost[u] <= 1e-9 * square && square > 1e-30;
+         2 * job.lost[u] * spread <= 1e-6 * square && square > 1e-30;
 }
 
 template <class T>
@@ -82,18 +85,19 @@ class Norms {
   // From products of a tile's rows with themselves.
   template <class To>
   void take_norms(const Rows<T>& x, const Tile& tile, const Products<To>& found, std::vector<double>& norms) const {
-    for (int64_t t = tile.i; t < tile.j; ++t) norms[t] = found.data[(t - tile.i) * (found.stride + 1)] * (1 + found.off);
+    for (int64_t t = tile.i; t < tile.j; ++t) norms[t] = found.data[(t - tile.i) * (found.stride + 1)] / (1 - found.off);
     roots(x, tile.i, tile.j, norms.data());
   }
 
-  void spread(Job& job, const std::vector<int64_t>& units) const {
+  void spread(Job& job, const Rows<T>& x, const std::vector<int64_t>& units) const {
+    const double smallest_left = smallest_row(a.columns), smallest_right = smallest_row(x.columns);
     for (int64_t u : units) {
       double sum = 0, lost = 0;
       bool large = false;
       for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t) {
         const double left = a_norms[t], right = job.norms[t], product = left * right;
         sum += product;
-        lost += left < kSmallestRow || right < kSmallestRow ? product : 0;
+        lost += left < smallest_left || right < smallest_right ? product : 0;
         large |= left > kLargestRow<T> || right > kLargestRow<T>;
       }
       job.spreads[u] = sum, job.lost[u] = lost, job.large[u] = large;
@@ -160,7 +164,7 @@ class Norms {
     for (size_t k = 0; k < g.size(); ++k) {
       Job& job = jobs[k];
       if (!wide.empty()) measure(g[k], wide, job.norms);
-      spread(job, units);
+      spread(job, g[k], units);
       std::vector<int64_t> again;
       for (int64_t u : wide) job.again[u] = true;
       for (int64_t u : narrow)
@@ -196,7 +200,7 @@ class Norms {
         if (!measured) measure(a, units, a_norms);
       }
       measured = true;
-      spread(job, units);
+      spread(job, g[k], units);
       const auto pass = [&](auto zero, bool again) {
         std::vector<Slice> list;
         const int64_t longer = std::max(a.columns, g[k].columns), shorter = std::min(a.columns, g[k].columns);

@@ -15,6 +15,8 @@
 
 #include "dispatch.h"
 
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));  // where torch carries MKL
+
 namespace fastclip {
 
 using torch::headeronly::ScalarType;
@@ -90,6 +92,20 @@ inline ScalarType common(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// While it lasts, this thread's products by MKL are for one thread: MKL chooses by the number that it could have, also where it
+// gets one, and bits would depend on it.
+class OneThread {
+ public:
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+
+ private:
+  const int before_;
+};
+
 // work(task, scratch) for each task in [0, count): a thread takes those of its own part in order, then what others have left.
 // Neighbours stay on one thread, where earlier layers left their rows in cache. Each writes to a place of its own, so that
 // neither order nor number of threads shows anywhere; and a task that were alone outside a parallel region would have its
@@ -107,6 +123,7 @@ void over_tasks(int64_t count, const F& work) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;  // kept: buffers of a few MB that come and go would fragment the heap
     if (begin == end) return;
+    const OneThread one;
     for (int64_t i = 0; i < threads; ++i) {
       Part& part = parts[(begin + i) % threads];
       for (int64_t t; (t = part.next++) < part.end;) work(t, scratch);

@@ -157,7 +157,7 @@ Products<float> few_products(const Rows<T>& x, const Tile& tile, Buffer<float>& 
         }
     }
   });
-  return {out, n, few_terms(x.columns) * kRoundoff32};
+  return {out, n, std::min(few_terms(x.columns), x.columns) * kRoundoff32};
 }
 
 // A tile's part of the Gram sum from products of a and of g: what lies above the diagonal counts twice.
