@@ -47,7 +47,7 @@ def measure(model: str, mode: str, limit: int, small: bool) -> dict[str, object]
     def peak(batch: int) -> int:
         if batch not in peaks:
             row = f"{model}:{batch}x{LENGTHS[model]}:fp32"
-            running = Worker(mode, row, small, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+            running = Worker(mode, row, small, MALLOC_MMAP_THRESHOLD_=str(1 << 16))
             running.ask("step")
             peaks[batch] = int(running.ask("memory")[0])
             running.end()

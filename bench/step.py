@@ -213,7 +213,7 @@ def measure(row: str, modes: list[str], rounds: int, small: bool) -> dict[str, A
         running.end()
     memory = {}
     for mode in workers:
-        alone = Worker(mode, row, small, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+        alone = Worker(mode, row, small, MALLOC_MMAP_THRESHOLD_=str(1 << 16))
         alone.ask("step")
         everything, last = alone.ask("memory")
         alone.end()

@@ -402,7 +402,7 @@ class Clipper:
         """Sums of all slots; entries are dropped as they are used. factors: ``[K, U]``."""
         totals: dict[Tensor, Tensor] = {}
         terms: dict[Tensor, int] = {}
-        for slot in list(done.entries):
+        for slot in sorted(done.entries, key=lambda slot: tape.turn(slot, done.entries[slot])):
             p, start, stop = slot
             terms[p] = terms.get(p, 0) + sum(entry.terms for entry in done.entries[slot])
             whole = not p.dim() or stop - start == p.shape[0]

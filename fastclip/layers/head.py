@@ -38,8 +38,8 @@ class _HeadLosses(Function):
         site: Site | None,
     ) -> Tensor:
         ctx.site, ctx.params, ctx.input_dtype = site, (weight, bias), h.dtype
-        h, weight = autocast_input(h), autocast_input(weight)
-        logits = F.linear(h, weight, None if bias is None else autocast_input(bias))  # [R, V]
+        h = autocast_input(h)
+        logits = F.linear(h, autocast_input(weight), None if bias is None else autocast_input(bias))  # [R, V]
         losses, lse = ops.cross_entropy(logits, labels)
         losses = losses.clone()  # no view of what is kept for the backward: the losses may be changed in place
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight, logits, labels, lse)
@@ -52,7 +52,7 @@ class _HeadLosses(Function):
         with no_autocast(g.device.type):
             # A second backward finds them changed, and autograd refuses.
             z = ops.cross_entropy_backward(logits, labels, lse, g)
-            dh = (z @ weight).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
+            dh = (z @ weight.to(z.dtype)).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
             if ctx.site is not None:
                 if wanted(ctx, 1):
                     ctx.site.enter_linear(w, h, z)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastclip.layers.registry import register_layer
-from fastclip.layers.site import Site, autocast_input, no_autocast, wanted
+from fastclip.layers.site import Site, autocast_input, no_autocast, shared_input, wanted
 
 
 class _Linear(Function):
@@ -31,11 +31,10 @@ class _Linear(Function):
         blocks: tuple[slice | None, slice | None],
     ) -> Tensor:
         ctx.site, ctx.params, ctx.transposed, ctx.blocks, ctx.input_dtype = site, params, transposed, blocks, x.dtype
-        x, weight = autocast_input(x), autocast_input(weight)
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(weight, x)
-        else:
-            ctx.save_for_backward(weight)
+        x = shared_input(x)
+        # The weight as it is: a copy in autocast's dtype, made again in backward, is not held until then.
+        ctx.save_for_backward(weight, *([x] if ctx.needs_input_grad[1] else []))
+        weight = autocast_input(weight)
         bias = None if bias is None else autocast_input(bias)
         out = F.linear(x, weight.mT if transposed else weight, bias)
         # What is a view here could not be changed in place by the code that follows the layer.
@@ -48,6 +47,7 @@ class _Linear(Function):
         dx = None
         with no_autocast(g.device.type):
             if ctx.needs_input_grad[0]:
+                weight = weight.to(g.dtype)
                 dx = torch.matmul(g, weight.mT if ctx.transposed else weight).to(ctx.input_dtype)
             if wanted(ctx, 1):
                 enter_product(ctx.site, w, saved[0], g, ctx.transposed, ctx.blocks[0])

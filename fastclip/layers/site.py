@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -173,6 +175,31 @@ def autocast_input(x: Tensor) -> Tensor:
     if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+_last = threading.local()
+
+
+def shared_input(x: Tensor) -> Tensor:
+    """The same in one copy for layers that read one tensor one after the other (q, k and v), and so one input on the tape.
+
+    Nobody but those who got it keeps the copy. An edit of x through ``.data`` between two of them goes unseen.
+    """
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling():
+        return x.to(dtype)
+    source, version, made = getattr(_last, "cast", (_nothing, 0, _nothing))
+    found: Tensor | None = made()
+    if source() is not x or version != x._version or found is None or found.dtype != dtype:
+        found = x.to(dtype)
+        _last.cast = weakref.ref(x), x._version, weakref.ref(found)
+    return found
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Copies(Function):
