@@ -2,8 +2,9 @@
 //
 // a: [N, d], K times g: [N, p] fp32, fp64, bf16 or fp16, offsets: int32 or int64 [U + 1] -> fp64 [K, 2, U].
 // Gram route: sum over pairs of rows of (a_s . a_t)(g_s . g_t), L^2 (d + p) FLOPs by symmetry, in tiles of rows that are
-// squared and dropped; the products of a serve all g. Direct route: W_u in slices, 2 L d p FLOPs. Products go to the BLAS that
-// torch carries, one thread a tile. docs/sensitivity.md says which precision suffices when, and why.
+// squared and dropped; the products of a serve all g, and those of a row with itself its norm. Direct route: W_u in slices, 2 L d p
+// FLOPs. A thread does whole tiles and slices, by kernels of gram.h and narrow.h with AVX-512, else by the BLAS that torch
+// carries. docs/sensitivity.md says which precision suffices when, and why.
 #include <cmath>
 #include <string>
 
@@ -28,8 +29,8 @@ struct Job {
   std::vector<bool> again, large;   // [U]: in fp64, and with a row beyond kLargestRow
 };
 
-// Whether fp32 has done: `error` bounds what the square is off by, 2 lost spread what it is off by for tiny rows. Rows that do not cancel have spread^2 of at most `length`
-// times the square, and are then far closer than the bound; those that do are not left to it.
+// Whether fp32 has done: `error` bounds what the square is off by, 2 lost spread what it is off by for tiny rows. Rows that do not
+// cancel have spread^2 of at most `length` times the square, and are then far closer than the bound; those that do are not left to it.
 bool enough(const Job& job, int64_t u, int64_t length, double error) {
   const double square = job.squares[u], spread = job.spreads[u];
   return std::isfinite(square) && error <= 2 * kNormSlack * square && spread * spread <= kCancelling * length * square &&
