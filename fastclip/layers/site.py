@@ -170,11 +170,15 @@ def no_autocast(device_type: str) -> Iterator[None]:
         yield
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def autocast_input(x: Tensor) -> Tensor:
     """x as autocast hands it to a matrix product."""
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    return x.to(_autocast_dtype(x))
 
 
 _last = threading.local()
@@ -185,9 +189,7 @@ def shared_input(x: Tensor) -> Tensor:
 
     Nobody but those who got it keeps the copy. An edit of x through ``.data`` between two of them goes unseen.
     """
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = _autocast_dtype(x)
     if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling():
         return x.to(dtype)
     source, version, made = getattr(_last, "cast", (_nothing, 0, _nothing))
