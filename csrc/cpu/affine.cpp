@@ -2,6 +2,7 @@
 //
 // g, x_hat: [N, p], offsets: [U + 1] -> [U, p] in fp32 (fp64 for fp64), or fp64 [U] squared norms of the same numbers. One
 // pass over g and x_hat, in columns that stay in the first cache; norm and sum are of the same rounded numbers.
+#include "lanes.h"
 #include "rows.h"
 
 namespace fastclip {
@@ -30,7 +31,7 @@ FASTCLIP_INLINE auto tree(const F& term, int64_t i = 0) {
 
 template <class T, bool kGain>
 FASTCLIP_INLINE void add_rows(const Rows<T>& g, const Rows<T>& x, int64_t first, int64_t last, int64_t column, int64_t count,
-                              double* sums) {
+                              double* __restrict__ sums) {
   const auto term = [&](int64_t t, int64_t c) FASTCLIP_LAMBDA {
     const auto value = static_cast<Narrow<T>>(g.row(t)[column + c]);
     if constexpr (kGain)
@@ -43,8 +44,13 @@ FASTCLIP_INLINE void add_rows(const Rows<T>& g, const Rows<T>& x, int64_t first,
   for (; t + kTogether <= last; t += kTogether)
     for (int64_t c = 0; c < count; ++c)
       sums[c] += tree<kTogether>([&](int64_t i) FASTCLIP_LAMBDA { return term(t + i, c); });
-  for (; t < last; ++t)
-    for (int64_t c = 0; c < count; ++c) sums[c] += term(t, c);
+  for (; t < last; ++t) {
+    const T *from = g.row(t) + column, *other = kGain ? x.row(t) + column : nullptr;
+    for (int64_t c = 0; c < count; ++c) {
+      const auto value = static_cast<Narrow<T>>(from[c]);
+      sums[c] += kGain ? value * static_cast<Narrow<T>>(other[c]) : value;
+    }
+  }
 }
 
 // put(unit, column, count, sums) for every block of columns of every unit.
@@ -60,8 +66,8 @@ void over_blocks(const Tensor& g_in, const std::optional<Tensor>& x_in, const st
         add_rows<T, true>(g, x, bounds[u], bounds[u + 1], column, count, s.columns);
       else
         add_rows<T, false>(g, x, bounds[u], bounds[u + 1], column, count, s.columns);
+      put(u, column, count, s.columns);
     });
-    put(u, column, count, s.columns);
   });
 }
 
@@ -83,15 +89,20 @@ Inputs inputs(const char* op, const Tensor& g, const std::optional<Tensor>& x_ha
 Tensor segment_sum(const Tensor& g, const std::optional<Tensor>& x_hat, const Tensor& offsets) {
   const Inputs in = inputs("segment_sum", g, x_hat, offsets);
   const auto type = g.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(g, {static_cast<int64_t>(in.bounds.size()) - 1, g.size(1)}, type);
+  const int64_t columns = g.size(1);
+  Tensor out = torch::stable::new_empty(g, {static_cast<int64_t>(in.bounds.size()) - 1, columns}, type);
   by_dtype("segment_sum", in.g.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    over_blocks<T>(in.g, in.x, in.bounds, [&](int64_t u, int64_t column, int64_t count, const double* sums) {
-      if (type == ScalarType::Double)
-        std::copy(sums, sums + count, static_cast<double*>(out.mutable_data_ptr()) + u * g.size(1) + column);
-      else
-        std::copy(sums, sums + count, static_cast<float*>(out.mutable_data_ptr()) + u * g.size(1) + column);
-    });
+    const auto fill = [&](auto* to) {
+      over_blocks<T>(in.g, in.x, in.bounds, [&](int64_t u, int64_t column, int64_t count, const double* sums) FASTCLIP_LAMBDA {
+        auto* here = to + u * columns + column;
+        for (int64_t c = 0; c < count; ++c) here[c] = sums[c];
+      });
+    };
+    if (type == ScalarType::Double)
+      fill(static_cast<double*>(out.mutable_data_ptr()));
+    else
+      fill(static_cast<float*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -103,13 +114,9 @@ Tensor affine_norm(const Tensor& g, const std::optional<Tensor>& x_hat, const Te
   std::vector<double> squares(units * blocks);
   by_dtype("affine_norm", in.g.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    over_blocks<T>(in.g, in.x, in.bounds, [&](int64_t u, int64_t column, int64_t count, const double* sums) {
-      double square = 0;
-      for (int64_t c = 0; c < count; ++c) {
-        const double total = static_cast<Narrow<T>>(sums[c]);
-        square += total * total;
-      }
-      squares[u * blocks + column / kColumns] = square;
+    over_blocks<T>(in.g, in.x, in.bounds, [&](int64_t u, int64_t column, int64_t count, double* sums) FASTCLIP_LAMBDA {
+      for (int64_t c = 0; c < count; ++c) sums[c] = static_cast<Narrow<T>>(sums[c]);
+      squares[u * blocks + column / kColumns] = square(sums, count);
     });
   });
   auto* to = static_cast<double*>(out.mutable_data_ptr());

@@ -1,7 +1,7 @@
 // embedding_norm, clipped_embedding, tied_cross: gradients of a table [V, d] whose rows are picked by ids.
 //
 // ids: int [N], g: [N, d], offsets: [U + 1]. Rows are sorted by (unit, id), or by id; runs of one id are summed, in fp64 for
-// norms and in the order of the rows for the clipped sum. What is read is g, once.
+// norms and in the order of the rows for the clipped sum. What is read is g, once; rows whose id no other has, in their own order.
 #include <numeric>
 
 #include "gemm.h"
@@ -13,6 +13,7 @@ namespace {
 
 struct Scratch {
   std::vector<int64_t> order;
+  std::vector<char> alone;
   Buffer<double> left, right, wide;
 };
 
@@ -27,7 +28,6 @@ void sort_rows(const std::vector<int64_t>& ids, int64_t first, int64_t last, std
 
 template <class T>
 FASTCLIP_INLINE double run_square(const Rows<T>& g, const int64_t* rows, int64_t count, double* sum) {
-  if (count == 1) return square(g.row(rows[0]), g.columns);
   for (int64_t c = 0; c < g.columns; ++c) sum[c] = static_cast<double>(g.row(rows[0])[c]);
   for (int64_t i = 1; i < count; ++i) {
     add_to(sum, g.row(rows[i]), g.columns);
@@ -54,12 +54,21 @@ Tensor embedding_norm(const Tensor& ids_in, const Tensor& g_in, const Tensor& of
     const Rows<T> g = rows_of<T>(dense);
     over_tasks<Scratch>(units, [&](int64_t u, Scratch& s) {
       sort_rows(ids, bounds[u], bounds[u + 1], padding, s.order);
-      double *sum = s.wide.get(g.columns), total = 0;
-      for (size_t i = 0, j; i < s.order.size(); i = j) {
-        for (j = i + 1; j < s.order.size() && ids[s.order[j]] == ids[s.order[i]];) ++j;
-        total += best([&]() FASTCLIP_LAMBDA { return run_square(g, &s.order[i], j - i, sum); });
-      }
-      to[u] = total;
+      s.alone.assign(bounds[u + 1] - bounds[u], false);
+      double* sum = s.wide.get(g.columns);
+      to[u] = best([&]() FASTCLIP_LAMBDA {
+        double total = 0;
+        for (size_t i = 0, j; i < s.order.size(); i = j) {
+          for (j = i + 1; j < s.order.size() && ids[s.order[j]] == ids[s.order[i]];) ++j;
+          if (j - i == 1)
+            s.alone[s.order[i] - bounds[u]] = true;
+          else
+            total += run_square(g, &s.order[i], j - i, sum);
+        }
+        for (int64_t t = bounds[u]; t < bounds[u + 1]; ++t)
+          if (s.alone[t - bounds[u]]) total += square(g.row(t), g.columns);
+        return total;
+      });
     });
   });
   return out;
