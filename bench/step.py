@@ -48,6 +48,8 @@ ROWS = {
     "gpt2:2x1024:bf16": ("plain", "fastclip"),
     "roberta:8x128:fp32": ("plain", "best", "fastclip", "ghost", "hooks"),
     "roberta:8x128:bf16": ("plain", "fastclip"),
+    "roberta_large:4x128:fp32": ("plain", "fastclip"),
+    "roberta_large:4x128:bf16": ("plain", "fastclip"),
     "llama:4x256:fp32": ("plain", "fastclip"),
     "llama:4x256:bf16": ("plain", "fastclip"),
     "lora:4x256:fp32": ("plain", "fastclip"),
@@ -111,14 +113,14 @@ def worker(mode: str, row: str, small: bool) -> None:
         if mode in ("fastclip", "compiled", "lean"):
             return losses_of(model, job.batch).mean()
         output = model(**inputs)
-        if mode == "logits" and name != "roberta":
+        if mode == "logits" and not name.startswith("roberta"):
             flat = torch.nn.functional.cross_entropy(
                 output.logits[:, :-1].flatten(0, 1).float(), inputs["input_ids"][:, 1:].flatten(), reduction="none"
             )
             return flat.view(batch, -1).mean()
         if criterion is None:
             return job.loss(output)
-        if name == "roberta":
+        if name.startswith("roberta"):
             return criterion(output.logits, job.batch["labels"])
         logits, targets = output.logits[:, :-1], inputs["input_ids"][:, 1:]
         return criterion(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), shape=logits.shape)

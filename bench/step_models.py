@@ -73,12 +73,28 @@ def _llama(batch: int, length: int, untied: bool, small: bool) -> Step:
 
 
 def _roberta(batch: int, length: int, untied: bool, small: bool) -> Step:
+    return _classifier(batch, length, SMALL if small else {})
+
+
+def _roberta_large(batch: int, length: int, untied: bool, small: bool) -> Step:
+    large = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    return _classifier(batch, length, SMALL if small else large)
+
+
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 500,
+}
+
+
+def _classifier(batch: int, length: int, sizes: dict[str, Any]) -> Step:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-    sizes |= {"vocab_size": 500}
     config = RobertaConfig(
-        **(sizes if small else {"vocab_size": 50265}),
+        **{"vocab_size": 50265, **sizes},
         max_position_embeddings=1026,
         type_vocab_size=1,
         hidden_dropout_prob=0,
@@ -97,6 +113,7 @@ def _roberta(batch: int, length: int, untied: bool, small: bool) -> Step:
 MODELS: dict[str, tuple[str, Callable[[int, int, bool, bool], Step]]] = {
     "gpt2": ("GPT-2 124M, all parameters, head tied", _gpt2),
     "roberta": ("RoBERTa-base classifier, all parameters", _roberta),
+    "roberta_large": ("RoBERTa-large classifier, all parameters", _roberta_large),
     "llama": ("Llama of SmolLM2-135M's shape, all parameters, head tied", _llama),
     "lora": ("GPT-2 124M, LoRA r=8 on c_attn", _lora),
 }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastclip import fused, ops
+from fastclip import fused
 from fastclip.clipping import ClippingRule
 from fastclip.discrete import SPREAD, DiscreteGaussian, check_summation, discrete_gaussian
 from fastclip.module import Clipper, attach, clipper_of
@@ -293,14 +293,14 @@ class DPOptimizer(Optimizer):
         scale = 1 / self.expected_batch_size if self.clipper.loss_reduction == "mean" else 1.0
         noisy: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
-            together: list[tuple[nn.Parameter, Tensor, ops.Draw]] = []
+            together: list[tuple[nn.Parameter, Tensor, int]] = []
             for p in group["params"]:
                 if p.requires_grad:
                     total = sums.get(p)
                     if total is None:
                         total = torch.zeros_like(p, dtype=torch.float32 if p.itemsize < 4 else p.dtype)
                     if update is not None and p.numel():
-                        together.append((p, total, self.noise.spend(offset, p.numel(), std, scale)))
+                        together.append((p, total, offset))
                         noisy.append((p, total))
                     elif mechanism is not None:
                         out = torch.empty_like(total, dtype=torch.float32)
@@ -315,8 +315,9 @@ class DPOptimizer(Optimizer):
                     p.grad = None
                 offset += p.numel()
             if update is not None and together:
-                params, totals, draws = (list(column) for column in zip(*together, strict=True))
-                update(group, params, totals, draws)
+                params, totals, offsets = (list(column) for column in zip(*together, strict=True))
+                ranges = [(first, p.numel()) for p, first in zip(params, offsets, strict=True)]
+                update(group, params, totals, self.noise.spend_all(ranges, std, scale))
                 torch.autograd.graph.increment_version(params)  # as every in-place operation does
         for p, total in noisy:
             self.clipper.sums.write(p, total, released=True)

@@ -13,6 +13,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../random/normals.h"
 #include "../random/stream.h"
@@ -86,10 +87,24 @@ inline Noise noise_of(const torch::stable::Tensor& key, int64_t nonce, int64_t b
   return noise;
 }
 
-// run(first, last) over the tiles that cover n elements, `skip` of which lie before them in the first tile.
+// How many tiles cover n elements, `skip` of which lie before them in the first tile.
+inline int64_t tiles_of(int64_t n, int64_t skip) { return (skip + n + kTile - 1) / kTile; }
+
+// run(first, last) over those tiles.
 template <class F>
 void over_tiles(int64_t n, int64_t skip, const F& run) {
-  torch::stable::parallel_for(0, (skip + n + kTile - 1) / kTile, kGrain, run);
+  torch::stable::parallel_for(0, tiles_of(n, skip), kGrain, run);
+}
+
+// run(k, first, last) over the tiles of vectors of these sizes, as if they were one: threads wait for each other once.
+template <class F>
+void over_tiles(const std::vector<int64_t>& sizes, const std::vector<int64_t>& skips, const F& run) {
+  std::vector<int64_t> starts{0};
+  for (size_t k = 0; k < sizes.size(); ++k) starts.push_back(starts[k] + tiles_of(sizes[k], skips[k]));
+  torch::stable::parallel_for(0, starts.back(), kGrain, [&](int64_t first, int64_t last) {
+    size_t k = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
+    for (; first < last; first = starts[++k]) run(k, first - starts[k], std::min(last, starts[k + 1]) - starts[k]);
+  });
 }
 
 }  // namespace fastclip

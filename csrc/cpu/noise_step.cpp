@@ -68,14 +68,19 @@ FASTCLIP_INLINE void body(Set set, const Noise& noise, const Update& by, float* 
   }
 }
 
-template <class Update>
-void launch(const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip) {
-  over_tiles(n, skip, [&](int64_t first, int64_t last) {
-    best([&](auto set) FASTCLIP_LAMBDA { body(set, noise, by, param, grad, n, skip, first, last); });
+using Tensors = std::vector<Tensor>;
+
+// to: [k][param, grad, ...]. update(k): of tensor k.
+template <class F>
+void launch(const Tensors& params, const std::vector<Noise>& noise, const std::vector<std::vector<float*>>& to,
+            const std::vector<int64_t>& skips, const F& update) {
+  std::vector<int64_t> sizes;
+  for (const Tensor& p : params) sizes.push_back(p.numel());
+  over_tiles(sizes, skips, [&](size_t k, int64_t first, int64_t last) {
+    const auto by = update(k);
+    best([&](auto set) FASTCLIP_LAMBDA { body(set, noise[k], by, to[k][0], to[k][1], sizes[k], skips[k], first, last); });
   });
 }
-
-using Tensors = std::vector<Tensor>;
 
 // Tensor k's buffers, [k][which], once it is clear that nothing else is meant and nothing overlaps.
 std::vector<std::vector<float*>> buffers(const char* op, std::initializer_list<const Tensors*> lists) {
@@ -117,18 +122,17 @@ void noise_adamw(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_av
   for (int64_t step : steps) STD_TORCH_CHECK(step >= 1, op, ": step counts from 1, got ", step);
   const auto to = buffers(op, {&params, &grads, &exp_avgs, &exp_avg_sqs});
   const auto noise = noises(op, params.size(), key, nonce, blocks, skips, std, scale);
-  for (size_t k = 0; k < params.size(); ++k) {
-    const AdamW by{static_cast<float>(1 - lr * weight_decay),
-                   static_cast<float>(1 - beta1),
-                   static_cast<float>(beta2),
-                   static_cast<float>(1 - beta2),
-                   static_cast<float>(std::sqrt(1 - std::pow(beta2, steps[k]))),
-                   static_cast<float>(eps),
-                   static_cast<float>(lr / (1 - std::pow(beta1, steps[k]))),
-                   to[k][2],
-                   to[k][3]};
-    launch(noise[k], by, to[k][0], to[k][1], params[k].numel(), skips[k]);
-  }
+  launch(params, noise, to, skips, [&](size_t k) {
+    return AdamW{static_cast<float>(1 - lr * weight_decay),
+                 static_cast<float>(1 - beta1),
+                 static_cast<float>(beta2),
+                 static_cast<float>(1 - beta2),
+                 static_cast<float>(std::sqrt(1 - std::pow(beta2, steps[k]))),
+                 static_cast<float>(eps),
+                 static_cast<float>(lr / (1 - std::pow(beta1, steps[k]))),
+                 to[k][2],
+                 to[k][3]};
+  });
 }
 
 void noise_sgd(Tensors params, Tensors grads, Tensors momentum_buffers, double std, double scale, Tensor key, int64_t nonce,
@@ -140,14 +144,12 @@ void noise_sgd(Tensors params, Tensors grads, Tensors momentum_buffers, double s
   const auto to = momentum != 0 ? buffers(op, {&params, &grads, &momentum_buffers}) : buffers(op, {&params, &grads});
   const auto noise = noises(op, params.size(), key, nonce, blocks, skips, std, scale);
   const float rate = lr, decay = weight_decay;
-  for (size_t k = 0; k < params.size(); ++k) {
-    const int64_t n = params[k].numel();
-    if (momentum != 0)
-      launch(noise[k], Momentum{rate, decay, float(momentum), float(1 - dampening), nesterov, first, to[k][2]}, to[k][0],
-             to[k][1], n, skips[k]);
-    else
-      launch(noise[k], Sgd{rate, decay}, to[k][0], to[k][1], n, skips[k]);
-  }
+  if (momentum != 0)
+    launch(params, noise, to, skips, [&](size_t k) {
+      return Momentum{rate, decay, float(momentum), float(1 - dampening), nesterov, first, to[k][2]};
+    });
+  else
+    launch(params, noise, to, skips, [&](size_t) { return Sgd{rate, decay}; });
 }
 
 }  // namespace
