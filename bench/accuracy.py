@@ -3,10 +3,10 @@
     python bench/accuracy.py [--epsilon 8] [--modes plain fastclip opacus]
 
 The settings of `fastclip finetune --preset amazon`, but for one norm over all parameters, which both libraries have. Each mode
-is a process of its own, all see the same draws, and they take turns, one optimizer step at a time; after every other step the
-held-out sentences are scored, which is in nobody's time. Opacus: GradSampleModule with hooks and its DPOptimizer, over the same
-physical batches. Draws and noise are seeded, so that nobody is luckier: no epsilon holds for what is trained here. JSON to
-bench/results/accuracy_cpu.json.
+is a process of its own, all see the same draws, and they take turns, one optimizer step at a time and another one first each
+time; after every other step the held-out sentences are scored, which is in nobody's time. Opacus: GradSampleModule with hooks
+and its DPOptimizer, over the same physical batches. Draws and noise are seeded, so that nobody is luckier: no epsilon holds
+for what is trained here. JSON to bench/results/accuracy_cpu.json.
 """
 
 from __future__ import annotations
@@ -154,13 +154,14 @@ def main() -> None:
         worker(options.worker, options.epsilon, options.steps)
         return
     from step import machine
+    from turns import in_turn
 
     workers = {mode: Worker(mode, options.epsilon, options.steps) for mode in options.modes}
     curves: dict[str, list[list[float]]] = {mode: [] for mode in workers}
     spent = dict.fromkeys(workers, 0.0)
     for number in range(1, options.steps + 1):
-        for mode, running in workers.items():
-            found = running.step()
+        for mode in in_turn(list(workers), number):
+            found = workers[mode].step()
             spent[mode] += found["seconds"]
             if found["accuracy"] is not None:
                 curves[mode].append([number, spent[mode], found["accuracy"]])

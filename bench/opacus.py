@@ -7,13 +7,13 @@ optimizer.step(), zero_grad() on one batch of random data, in the modes "hooks" 
 torch optimizer without privacy. Each (workload, library, mode) runs in processes of its own, forked from one that has
 imported everything but fastclip and computed nothing.
 
-Gradients and memory come first, in a process of their own: with noise_multiplier=0 the p.grad that the first step
-leaves must agree with Opacus' and with clipping one example after another in plain torch, parameter by parameter (of large
-ones 2^16 elements and the norm). Memory is the peak resident size of two steps above what the process held before them,
-with an allocator that gives back what is freed; on CUDA that of torch's allocator. The times follow, with noise. Processes
-take turns, so that all see the same machine; of models too large for several processes at a time each process does its
-steps and ends, the first of them the one that measured, with glibc's usual allocation again. What an optimizer.step() does
-differs by library and mode: clipping is part of it in "hooks", and of backward() in Opacus' "ghost".
+Gradients and memory come first, in a process of their own: with noise_multiplier=0 the p.grad that the first step leaves must
+agree with Opacus' and with clipping one example after another in plain torch, parameter by parameter (of large ones 2^16
+elements and the norm). Memory is the peak resident size of two steps above what the process held before them, with an
+allocator that gives back what is freed; on CUDA that of torch's allocator. The times follow, with noise. Processes take turns,
+another one first in each round, so that all see the same machine; of models too large for several processes at a time each
+process does its steps and ends, the first of them the one that measured, with glibc's usual allocation again. What an
+optimizer.step() does differs by library and mode: clipping is part of it in "hooks", and of backward() in Opacus' "ghost".
 
 A model that Opacus refuses is changed for it until it does not. The refusal and the change are in the JSON, and fastclip is
 measured with both models. What fails is written in its row, and the exit status is 1.
@@ -51,6 +51,7 @@ def preload() -> None:
     import opacus_models  # noqa: F401
     import opacus_report  # noqa: F401
     import opacus_worker  # noqa: F401
+    import turns  # noqa: F401
 
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
     import opacus
@@ -178,6 +179,7 @@ def timed(options: argparse.Namespace, name: str, rows: Rows) -> None:
     """Adds the times to the rows that have no error."""
     from opacus_models import WORKLOADS
     from opacus_report import spread
+    from turns import in_turn
 
     workload = WORKLOADS[name]
     alone = is_alone(options, workload)
@@ -189,8 +191,8 @@ def timed(options: argparse.Namespace, name: str, rows: Rows) -> None:
         # All at rest before the first is timed.
         ready = {column: live[column].answer() for column in columns}
     # The processes that measured memory were the first round of those that are alone.
-    for _ in range(1 if options.quick else workload.rounds - alone):
-        for column in columns:
+    for number in range(1 if options.quick else workload.rounds - alone):
+        for column in in_turn(columns, number):
             if "error" in rows[column]:
                 continue
             worker = live[column] if not alone else Worker(options, name, column, "time")

@@ -5,14 +5,15 @@
     python bench/step.py --all                             # every row of docs/benchmarks.md that is not there yet
 
 Random weights, no dropout, torch.optim.AdamW as people construct it. Modes: plain, without privacy as people have it; best,
-the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface; compiled,
-fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits, fastclip with
-losses from the model's own logits; ghost and hooks, Opacus. The processes take turns, one step at a time, so that all
-see the same machine; a time is the median over rounds of a mode's step beside the plain step of the same round, which a machine
-that changes its speed disturbs less than two medians. Memory is of another process a mode, whose allocator gives back what
-is freed (glibc's heap otherwise keeps holes that make one and the same program come out up to a tenth apart): the peak resident
-size of all, the first step with fastclip's trial included, and of the last step alone. Opacus refuses GPT-2 and tied heads:
-there the head is untied and GPT-2's position embedding frozen, which makes its work smaller.
+the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface;
+compiled, fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits,
+fastclip with losses from the model's own logits; ghost and hooks, Opacus. The processes take turns, one step at a time and
+another one first in each round, so that all see the same machine; a time is the median over rounds of a mode's step beside the
+plain step of the same round, which a machine that changes its speed disturbs less than two medians. Memory is of another
+process a mode, whose allocator gives back what is freed (glibc's heap otherwise keeps holes that make one and the same program
+come out up to a tenth apart): the peak resident size of all, the first step with fastclip's trial included, and of the last
+step alone. Opacus refuses GPT-2 and tied heads: there the head is untied and GPT-2's position embedding frozen, which makes
+its work smaller.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import step_models
+from turns import in_turn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]  # opacus.py of this folder is not Opacus
@@ -208,9 +210,9 @@ def measure(row: str, modes: list[str], rounds: int, small: bool) -> dict[str, A
         except RuntimeError as error:
             failed[mode] = str(error)
     times: dict[str, list[float]] = {m: [] for m in workers}
-    for _ in range(rounds):
-        for mode, running in workers.items():
-            times[mode].append(running.ask("step")[0])
+    for number in range(rounds):
+        for mode in in_turn(list(workers), number):
+            times[mode].append(workers[mode].ask("step")[0])
     for running in workers.values():
         running.end()
     memory = {}
