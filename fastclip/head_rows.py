@@ -44,6 +44,11 @@ class HeadRows:
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many words are multiplied at once."""
+        return min(CHUNK, self.vocabulary), self.vocabulary % CHUNK or CHUNK
+
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Words, and z ``[N, C]`` of those."""
         for start in range(0, self.weight.shape[0], CHUNK):

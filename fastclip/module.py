@@ -29,7 +29,7 @@ from fastclip.large_units import accumulate_unit
 from fastclip.layers import Rule, find_rule
 from fastclip.layers.activation import activation_of
 from fastclip.layers.bare import Targets
-from fastclip.layers.site import no_autocast
+from fastclip.layers.site import forget_shared_input, no_autocast
 from fastclip.layouts import Layouts
 from fastclip.precision import full_precision
 from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route, is_running
@@ -230,6 +230,7 @@ class Clipper:
         if self._open_units and getattr(self._local, "units", None) is None:
             raise RuntimeError("clipper.units() is open in another thread: open it in the thread that runs the model")
         self.refresh()
+        forget_shared_input()
         given: tuple[PrivacyUnits, tuple[str, ...]] | None = getattr(self._local, "units", None)
         written, layers = Written(self.model), self._layers()
         units, laws = self.layouts.find(
@@ -337,6 +338,7 @@ class Clipper:
                 raise RuntimeError(
                     "the set of trainable parameters changed between forward and backward: run the forward again"
                 )
+        tape.check_memory(entry for entries in done.entries.values() for entry in entries)
         self._accept(done, units, trainable)
         with (
             torch.no_grad(),

@@ -16,7 +16,7 @@ Guarantees, given that every trainable parameter's every use is entered (module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -58,6 +58,11 @@ class LinearRows:
     @property
     def vocabulary(self) -> int:
         return self.g.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """How many of g's columns are multiplied at once."""
+        return (self.vocabulary,)
 
     def smaller(self, shape: torch.Size) -> LinearRows | PerUnit:
         """The form that holds fewer numbers: these factors, or for long units the gradients themselves, ``[U, *shape]``.
@@ -171,6 +176,17 @@ class PerUnit:
 
 
 Entry = LinearRows | HeadRows | EmbeddingRows | PerUnit
+
+
+def check_memory(entries: Iterable[Entry]) -> None:
+    """Raises RuntimeError for rows whose memory somebody gave back (`untyped_storage().resize_(0)`) before they were used."""
+    for entry in entries:
+        for x in vars(entry).values():
+            if isinstance(x, Tensor) and x.numel() and not x.untyped_storage().nbytes():
+                raise RuntimeError(
+                    f"the memory of an activation or output gradient of shape {list(x.shape)} was given back during the "
+                    "backward, and its parameter's gradient needs it: leave that to autograd"
+                )
 
 
 def copied(entry: Entry, lent: Sequence[Tensor]) -> Entry:
@@ -347,7 +363,9 @@ def _tied_square(head: LinearRows | HeadRows, parts: Tensor, others: Tensor, emb
     square = parts[0].clone()
     if square.device.type == "cpu" and head.a.dtype != torch.float64:
         lengths = head.segments.offsets.diff().tolist()
-        worst = torch.tensor([gram_error(head.a.shape[1], head.vocabulary, n) for n in lengths], dtype=torch.float64)
+        d = head.a.shape[1]
+        # Of parts of the columns: spreads of the parts, squared, sum up to no more than the whole one's (Minkowski).
+        worst = torch.tensor([max(gram_error(d, p, n) for p in head.widths) for n in lengths], dtype=torch.float64)
         rows = torch.tensor([direct_error(n) for n in lengths], dtype=torch.float64) * parts[1]
         # Whichever route was taken.
         error = torch.maximum(worst * parts[1].square(), 2 * rows * parts[0].sqrt() + rows.square())

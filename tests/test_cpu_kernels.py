@@ -57,6 +57,13 @@ def test_affine(offsets, dtype, columns, gain):
     close(squares, sums.double().square().sum(1), torch.float64)  # of the very same numbers
 
 
+def test_a_norm_is_of_the_sums_own_numbers_also_beside_wider_factors():
+    g, x, offsets = torch.full((2, 1), 1e-30), torch.full((2, 1), 7e-16, dtype=torch.float64), torch.tensor([0, 1, 2])
+    sums = ops.segment_sum(g, x, offsets, backend="cpp")  # a subnormal, to which rounding does most
+    assert sums.dtype == torch.float32 and float(sums[0, 0]) != 7e-46
+    assert torch.equal(ops.affine_norm(g, x, offsets, backend="cpp"), sums.double().square().sum(1))
+
+
 def statistics(x, rms=False):
     wide = x.to(reference.accumulation_dtype(x.dtype))
     mean = None if rms else wide.mean(1)

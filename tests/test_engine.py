@@ -204,6 +204,29 @@ def test_two_backwards_through_one_forward_are_refused():
     assert_gradients(collect(model), before, 0.0)
 
 
+def test_memory_that_is_given_back_before_it_was_used_is_refused():
+    def freed(x):
+        x.untyped_storage().resize_(0)
+
+    class Freeing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            h = self.first(x) * 1.0
+            out = self.second(h)
+            if h.requires_grad:
+                h.register_hook(lambda g: freed(h))
+            return out.sum(1)
+
+    model = Freeing()
+    fastclip.attach(model, 1.0, strict=False)
+    with pytest.raises(RuntimeError, match="was given back during the backward"):
+        model(torch.randn(4, 6)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_two_forwards_in_one_backward_are_one_unit_each():
     model, batch = Net(), batch_of()
 

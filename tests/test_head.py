@@ -177,6 +177,20 @@ def test_a_second_backward_is_refused():
         losses.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_backward_after_that_of_an_input_alone_is_refused(frozen):
+    """It reaches no parameter, and leaves the logits' gradient where the logits were."""
+    model = Own(tied=False, bias=False)
+    model.head.requires_grad_(not frozen)
+    fastclip.attach(model, max_grad_norm=1.0)
+    kept = []
+    model.mix.register_forward_hook(lambda module, args, out: kept.append(out))
+    losses = model(tokens(B, T), labelled())
+    torch.autograd.grad(losses.sum(), kept[-1], retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
 def test_a_frozen_head_and_a_model_on_its_own_are_as_torch_has_them():
     model = randomize(Own(tied=False, bias=True))
     batch = {"ids": tokens(B, T), "labels": labelled()}
@@ -322,6 +336,18 @@ def test_rows_without_logits_measure_as_rows_with_them(monkeypatch, chunk):
     # Cut at a border and beside materialised gradients they take the held form.
     slots = {(held.a, 0, 83): [lean], (held.a, 10, 20): [held.part(10, 20)]}
     assert all(not isinstance(e, HeadRows) for own in tape.separate(slots).values() for e in own)
+
+
+def test_a_head_in_chunks_is_judged_by_what_a_chunk_may_be_off(monkeypatch):
+    """Few words are multiplied at once without blocks, and may be off by more than a whole vocabulary."""
+    monkeypatch.setattr("fastclip.head_rows.CHUNK", 19)
+    torch.manual_seed(0)
+    offsets, seen = torch.tensor([0, 11], dtype=torch.int32), []
+    lean = entries(torch.randn(11, 7), torch.randn(83, 7), torch.randint(83, (11,)), torch.rand(11), offsets)[0]
+    tail = tape.EmbeddingRows(torch.randint(83, (11,)), torch.randn(11, 7), Segments(None, offsets), None)
+    monkeypatch.setattr(tape, "gram_error", lambda d, p, n: seen.append((d, p, n)) or 0.0)
+    tape.measure([lean, tail], torch.float32)
+    assert set(seen) == {(7, 19, 11), (7, 83 % 19, 11)}
 
 
 @pytest.mark.parametrize("chunk", [3, 40])

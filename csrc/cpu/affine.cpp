@@ -112,10 +112,11 @@ Tensor affine_norm(const Tensor& g, const std::optional<Tensor>& x_hat, const Te
   const int64_t units = in.bounds.size() - 1, blocks = (g.size(1) + kColumns - 1) / kColumns;
   Tensor out = torch::stable::new_empty(g, {units}, ScalarType::Double);
   std::vector<double> squares(units * blocks);
+  const bool wide = g.scalar_type() == ScalarType::Double;  // as segment_sum's
   by_dtype("affine_norm", in.g.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     over_blocks<T>(in.g, in.x, in.bounds, [&](int64_t u, int64_t column, int64_t count, double* sums) FASTCLIP_LAMBDA {
-      for (int64_t c = 0; c < count; ++c) sums[c] = static_cast<Narrow<T>>(sums[c]);
+      for (int64_t c = 0; c < count && !wide; ++c) sums[c] = static_cast<float>(sums[c]);
       squares[u * blocks + column / kColumns] = square(sums, count);
     });
   });

@@ -14,7 +14,7 @@
 namespace fastclip {
 namespace {
 
-constexpr double kRoundoff64 = 0x1p-53, kCancelling = 4;
+constexpr double kCancelling = 4;
 // Beside larger rows, what underflows in another factor would matter: such a unit gets inf, and so no part in the sum.
 template <class T>
 constexpr double kLargestRow = std::is_same_v<T, double> ? 0x1p400 : 0x1p100;

@@ -14,7 +14,7 @@
 
 namespace fastclip {
 
-constexpr double kRoundoff32 = 0x1p-24, kNormSlack = 0x1p-8;
+constexpr double kRoundoff32 = 0x1p-24, kRoundoff64 = 0x1p-53, kNormSlack = 0x1p-8;
 constexpr int64_t kRows = 128, kFewRows = 64;          // of a tile; the fewer, the less of a short unit the BLAS does twice
 constexpr int64_t kFew = 48, kFewChunk = 1024;         // rows of a unit that are multiplied where they are, columns at a time
 constexpr int64_t kSliceGroup = 16;                    // blocks of the direct route that fp32 adds up before fp64
@@ -96,7 +96,7 @@ Products<To> products(const Rows<T>& x, const Tile& tile, Scratch& s, Buffer<To>
   const int64_t stride = gram::padded(tile.stop - tile.i);
   To* out = into.get(gram::padded(tile.j - tile.i) * stride);
   add_products(x, tile, 0, x.columns, gram::kDepth, false, s.of(To{}), out);
-  return {out, stride, (x.columns + 1) * (std::is_same_v<To, float> ? kRoundoff32 : 0x1p-53)};
+  return {out, stride, (x.columns + 1) * (std::is_same_v<To, float> ? kRoundoff32 : kRoundoff64)};
 }
 
 // The same in fp64, from fp32 sums over blocks of columns, blocks added as `how` says.

@@ -50,8 +50,8 @@ class _HeadLosses(Function):
         h, weight, logits, labels, lse = ctx.saved_tensors
         w, b = ctx.params
         with no_autocast(g.device.type):
-            # A second backward finds them changed, and autograd refuses.
             z = ops.cross_entropy_backward(logits, labels, lse, g)
+            torch.autograd.graph.increment_version(logits)  # a second backward finds them changed, and autograd refuses
             dh = (z @ weight.to(z.dtype)).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
             if ctx.site is not None:
                 if wanted(ctx, 1):

@@ -187,7 +187,8 @@ _last = threading.local()
 def shared_input(x: Tensor) -> Tensor:
     """The same in one copy for layers that read one tensor one after the other (q, k and v), and so one input on the tape.
 
-    Nobody but those who got it keeps the copy. An edit of x through ``.data`` between two of them goes unseen.
+    Nobody but those who got it keeps the copy, and no other forward gets it. An edit of x between two of them that its version
+    counter does not see (through ``.data`` or numpy) goes unseen.
     """
     dtype = _autocast_dtype(x)
     if x.dtype == dtype or x.is_inference() or torch.compiler.is_compiling():
@@ -198,6 +199,11 @@ def shared_input(x: Tensor) -> Tensor:
         found = x.to(dtype)
         _last.cast = weakref.ref(x), x._version, weakref.ref(found)
     return found
+
+
+def forget_shared_input() -> None:
+    """Called where a forward begins: the same tensor may hold another batch by then, unseen by its version counter."""
+    _last.cast = _nothing, 0, _nothing
 
 
 def _nothing() -> None:
