@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,17 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="off by"):
         step_models.check("gpt2")
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_each_competitor_follows_each_other_equally_often(monkeypatch, count):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from turns import in_turn
+
+    orders = [in_turn(range(count), number) for number in range(2 * count)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert set(pairs.values()) == ({2} if count > 1 else set()) and len(pairs) == count * (count - 1)
 
 
 @pytest.mark.parametrize(("base", "slope"), [(900, 10), (200, 33.3), (990, 40), (50, 1.5)])
