@@ -69,8 +69,9 @@ def main() -> None:
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     for model in options.models:
         step_models.check(model)
+        chosen = f"--models {model} --modes {' '.join(options.modes)} --gib {options.gib:g}"
         results[model] = {
-            "command": f"python bench/largest_batch.py --models {model} --gib {options.gib:g}",
+            "command": f"python bench/largest_batch.py {chosen}",
             "machine": machine(),
             "length": LENGTHS[model],
             "gib": options.gib,
