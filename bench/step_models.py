@@ -10,6 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SMALL_CLASSIFIER = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 500,
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -73,21 +81,12 @@ def _llama(batch: int, length: int, untied: bool, small: bool) -> Step:
 
 
 def _roberta(batch: int, length: int, untied: bool, small: bool) -> Step:
-    return _classifier(batch, length, SMALL if small else {})
+    return _classifier(batch, length, SMALL_CLASSIFIER if small else {})
 
 
 def _roberta_large(batch: int, length: int, untied: bool, small: bool) -> Step:
     large = {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
-    return _classifier(batch, length, SMALL if small else large)
-
-
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "vocab_size": 500,
-}
+    return _classifier(batch, length, SMALL_CLASSIFIER if small else large)
 
 
 def _classifier(batch: int, length: int, sizes: dict[str, Any]) -> Step:
