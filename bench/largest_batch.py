@@ -18,7 +18,7 @@ from step import Worker, machine
 
 RESULTS = Path(__file__).parent / "results" / "largest_batch_cpu.json"
 LENGTHS = {"gpt2": 256, "roberta": 128}
-MODES = ("plain", "fastclip", "ghost", "hooks")
+MODES = ("plain", "fastclip", "checkpointed", "replayed", "ghost", "hooks")
 
 
 def largest(peak: Callable[[int], int], limit: int) -> int:

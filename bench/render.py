@@ -23,6 +23,9 @@ NAMES = {
     "compiled": "fastclip, torch.compile below the head",
     "lean": "fastclip, without the head's logits",
     "logits": "fastclip, losses from the model's logits",
+    "checkpointed": "without privacy, blocks checkpointed",
+    "kept": "fastclip, blocks checkpointed, rows kept",
+    "replayed": "fastclip, blocks checkpointed, rows formed again",
     "ghost": "Opacus 1.6 ghost",
     "hooks": "Opacus 1.6 hooks",
 }

@@ -7,7 +7,9 @@
 Random weights, no dropout, torch.optim.AdamW as people construct it. Modes: plain, without privacy as people have it; best,
 the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface;
 compiled, fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits,
-fastclip with losses from the model's own logits; ghost and hooks, Opacus. The processes take turns, one step at a time and
+fastclip with losses from the model's own logits; checkpointed, without privacy and with each block of the model checkpointed;
+kept and replayed, fastclip with the same checkpoints, its rows kept where memory is plenty and formed again where there is none;
+ghost and hooks, Opacus. The processes take turns, one step at a time and
 another one first in each round, so that all see the same machine; a time is the median over rounds of a mode's step beside the
 plain step of the same round, which a machine that changes its speed disturbs less than two medians. Memory is of another
 process a mode, whose allocator gives back what is freed (glibc's heap otherwise keeps holes that make one and the same program
@@ -38,11 +40,24 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]  # opacus.py of this folder is not Opacus
 
 RESULTS = HERE / "results" / "steps_cpu.json"
-MODES = ("plain", "best", "fastclip", "compiled", "lean", "logits", "ghost", "hooks")
+MODES = (
+    "plain",
+    "best",
+    "fastclip",
+    "compiled",
+    "lean",
+    "logits",
+    "checkpointed",
+    "kept",
+    "replayed",
+    "ghost",
+    "hooks",
+)
+CHECKPOINTED = ("checkpointed", "kept", "replayed")
 DEFAULT = "gpt2:4x256:fp32"
 # Rows of docs/benchmarks.md, the most telling first: model:batch x length:precision, and the modes that are compared.
 ROWS = {
-    DEFAULT: MODES,
+    DEFAULT: ("plain", "best", "fastclip", "compiled", "lean", "ghost"),
     "gpt2:2x1024:fp32": ("plain", "best", "fastclip", "compiled", "lean"),
     "gpt2:8x128:fp32": ("plain", "best", "fastclip", "compiled"),
     "gpt2:4x512:fp32": ("plain", "fastclip"),
@@ -50,6 +65,7 @@ ROWS = {
     "gpt2:2x1024:bf16": ("plain", "fastclip"),
     "roberta:8x128:fp32": ("plain", "best", "fastclip", "ghost", "hooks"),
     "roberta:8x128:bf16": ("plain", "fastclip"),
+    "roberta:32x128:fp32": ("plain", "fastclip", *CHECKPOINTED),
     "roberta_large:4x128:fp32": ("plain", "fastclip"),
     "roberta_large:4x128:bf16": ("plain", "fastclip"),
     "llama:4x256:fp32": ("plain", "fastclip"),
@@ -80,9 +96,11 @@ def worker(mode: str, row: str, small: bool) -> None:
     inputs = {k: v for k, v in job.batch.items() if k != "labels"}
     criterion: Any = None
     losses_of: Any = None
+    if mode in CHECKPOINTED:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if mode == "best":
         model = torch.compile(model)
-    elif mode in ("fastclip", "compiled", "lean", "logits"):
+    elif mode in ("fastclip", "compiled", "lean", "logits", "kept", "replayed"):
         import fastclip
         from fastclip import huggingface
 
@@ -94,6 +112,8 @@ def worker(mode: str, row: str, small: bool) -> None:
             model.base_model.compile()
         if mode == "lean":
             fastclip.layers.head._SHARE = 0  # as where no memory is left
+        if mode == "replayed":
+            fastclip.replay._SHARE = 0
     elif opacus:
         import opacus as library
 
@@ -112,7 +132,7 @@ def worker(mode: str, row: str, small: bool) -> None:
         criterion = made[2] if mode == "ghost" else None
 
     def loss() -> Any:
-        if mode in ("fastclip", "compiled", "lean"):
+        if losses_of is not None and mode != "logits":
             return losses_of(model, job.batch).mean()
         output = model(**inputs)
         if mode == "logits" and not name.startswith("roberta"):

@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from fastclip.tape import Entry, Slot
+from fastclip.tape import Entry, Slot, slot_of
+
+if TYPE_CHECKING:
+    from fastclip.replay import Part
 
 
 class BackwardPass:
-    """Entries of one backward by slot, and the forwards they came from."""
+    """Entries of one backward by slot, and the forwards they came from.
+
+    pending: checkpointed parts whose backward has begun and whose entries are here; replayed: those that were measured and run
+    again (replay.py).
+    """
 
     def __init__(self, finish: Callable[[BackwardPass], None]) -> None:
         self.entries: dict[Slot, list[Entry]] = {}
         self.forwards: list[Any] = []
+        self.pending: list[Part] = []
+        self.replayed: list[Part] = []
+        self.factors: Tensor | None = None  # [K, U], once they are known
+        self.terms: dict[Tensor, int] = {}  # how many an element of a parameter's sum got at most
         self._thread = threading.current_thread()
         self.done = False
         self.callback: weakref.ref[partial[None]] | None = None
@@ -39,11 +50,19 @@ class BackwardPass:
                 "a backward of an attached model runs in a thread that Python did not start, where autograd puts what is "
                 "nested 60 backwards deep: use torch.utils.checkpoint with use_reentrant=False"
             )
-        size = param.shape[0] if param.dim() else 1
-        start, stop, _ = (block or slice(None)).indices(size)
-        self.entries.setdefault((param, start, stop), []).append(entry)
+        self.entries.setdefault(slot_of(param, block), []).append(entry)
         if not any(forward is known for known in self.forwards):
             self.forwards.append(forward)
+
+    def slots(self) -> Iterator[Slot]:
+        """Of all that was entered, measured already or not."""
+        yield from self.entries
+        for part in self.replayed:
+            yield from part.measures
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.slots())[0].device
 
     @property
     def over(self) -> bool:
@@ -56,6 +75,8 @@ class BackwardPass:
             self._finish(self)
         finally:
             self.entries.clear()
+            self.pending.clear()
+            self.replayed.clear()
 
 
 def _callback(of: BackwardPass) -> partial[None]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastclip import tape
 from fastclip.layout import Law
+from fastclip.replay import Part
 from fastclip.units import PrivacyUnits
 
 if TYPE_CHECKING:
@@ -26,7 +28,11 @@ _numbers = itertools.count()
 
 
 class Forward:
-    """One forward of the attached model: its units, and whether its one backward is done."""
+    """One forward of the attached model: its units, and whether its one backward is done.
+
+    uses: of each layer that was called, what gives its parameters, and the number of the checkpointed part it was called in, 0
+    outside of them.
+    """
 
     def __init__(
         self, clipper: Clipper, units: PrivacyUnits, laws: Mapping[str, Law], trained: Mapping[nn.Parameter, str]
@@ -36,6 +42,7 @@ class Forward:
         self.laws = laws
         self.trained = trained  # what was trainable then
         self.finished = False
+        self.uses: list[tuple[Callable[[], Iterable[Tensor]], int]] = []
         self.number = next(_numbers)
 
     @property
@@ -64,6 +71,22 @@ class Forward:
         example = torch.tensor([row * self.examples // rows])
         with self.clipper.forwards.inside(_Row(self, self.units.select(example))):
             yield
+
+    @cached_property
+    def users(self) -> dict[Tensor, set[int]]:
+        """The numbers in ``uses`` of each parameter, once the forward is over."""
+        found: dict[Tensor, set[int]] = {}
+        for params, number in self.uses:
+            for p in params():
+                found.setdefault(p, set()).add(number)
+        return found
+
+    def part(self, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool) -> Part | None:
+        """A function of this forward that is checkpointed; None where its rows have to be kept."""
+        return Part(self, function, args, kwargs, generators) if self.clipper.replays else None
+
+    def replay(self) -> Replay:
+        return Replay(self)
 
     def same_units(self, other: Forward) -> bool:
         mine, theirs = self.units, other.units
@@ -94,10 +117,27 @@ class _Row(Forward):
 
     def __init__(self, whole: Forward, units: PrivacyUnits) -> None:
         super().__init__(whole.clipper, units, whole.laws, whole.trained)
-        self._whole = whole
+        self._whole, self.uses = whole, whole.uses
+
+    def part(self, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool) -> None:
+        return None
 
     def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
         self._whole.record(param, entry, block)
+
+
+class Replay(Forward):
+    """A forward of which a checkpointed part runs again for its clipped sums. entries: what came of that."""
+
+    def __init__(self, whole: Forward) -> None:
+        super().__init__(whole.clipper, whole.units, whole.laws, whole.trained)
+        self.entries: dict[tape.Slot, list[tape.Entry]] = {}
+
+    def record(self, param: Tensor, entry: tape.Entry, block: slice | None) -> None:
+        self.entries.setdefault(tape.slot_of(param, block), []).append(entry)
+
+    def part(self, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool) -> None:
+        return None
 
 
 class _Lending(Forward):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 
 from fastclip.backward import in_backward
 from fastclip.forward import UNKNOWN, Forward, Unknown
-from fastclip.recomputation import known_forward, running_part
+from fastclip.recomputation import current_part, known_forward, running_part
 from fastclip.taps import lead, leading, new_name, was_kept
 
 
@@ -67,6 +67,11 @@ class Forwards:
         raise RuntimeError(
             f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
         )
+
+    def note(self, params: Callable[[], Iterable[Tensor]]) -> None:
+        """What gives the parameters of a layer that is called for the first time."""
+        if self.running:
+            self.running[-1].uses.append((params, current_part()))
 
     def check(self, forward: Forward, layer: str, tap: Tensor) -> None:
         """Raises RuntimeError where compiled code of this thread may have been given another forward than its own.

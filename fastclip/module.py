@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -29,9 +30,9 @@ from fastclip.large_units import accumulate_unit
 from fastclip.layers import Rule, find_rule
 from fastclip.layers.activation import activation_of
 from fastclip.layers.bare import Targets
-from fastclip.layers.site import forget_shared_input, no_autocast
+from fastclip.layers.site import forget_shared_input
 from fastclip.layouts import Layouts
-from fastclip.precision import full_precision
+from fastclip.replay import check_apart, check_same, exactly, settle
 from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route, is_running
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
@@ -54,8 +55,11 @@ class Clipper:
 
     unit_norms: fp32 ``[U]``, unclipped gradient norms of the last backward, units in order of first appearance.
     nonfinite_units: how many units of the last backward had inf or NaN and therefore contributed nothing.
-    Both are looks at private data. layouts, passes and forwards are for the routes that stand in the model.
+    Both are looks at private data. layouts, passes and forwards are for the routes that stand in the model. replays: whether
+    checkpointed parts may run again for their clipped sums.
     """
+
+    replays = True
 
     def __init__(self, model: nn.Module, rule: ClippingRule, loss_reduction: str, strict: bool) -> None:
         self.model = model
@@ -315,7 +319,10 @@ class Clipper:
     # The end of a backward
 
     def _finish(self, done: BackwardPass) -> None:
-        if not done.entries or not self.attached:
+        if not self.attached:
+            return
+        settle(done)
+        if not done.entries and not done.replayed:
             return
         with self._finishing:  # what one backward may add depends on what others did
             self._finish_alone(done)
@@ -332,24 +339,22 @@ class Clipper:
         if not all(f.same_units(done.forwards[0]) for f in done.forwards):
             raise RuntimeError("one backward covers forwards with different units: call backward() once for each")
         trainable = self.parameters()
-        used = {q for q, _, _ in done.entries}.union(*(f.trained for f in done.forwards))
+        used = {q for q, _, _ in done.slots()}.union(*(f.trained for f in done.forwards))
         for q in used:
             if q not in self._group or q not in trainable:
                 raise RuntimeError(
                     "the set of trainable parameters changed between forward and backward: run the forward again"
                 )
         tape.check_memory(entry for entries in done.entries.values() for entry in entries)
+        check_apart(done)
         self._accept(done, units, trainable)
-        with (
-            torch.no_grad(),
-            full_precision(),
-            no_autocast("cpu"),
-            no_autocast(next(iter(done.entries))[0].device.type),
-        ):
+        device = done.device
+        with exactly(device):
             done.entries = tape.separate(done.entries)
             self._use(done, units, trainable)
         for f in done.forwards:
             f.finished = True
+        self._replay(done, device, trainable)
         if self.owner is not None:
             self.owner.added(units)
 
@@ -367,12 +372,29 @@ class Clipper:
     def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         """Clip and add what a backward entered."""
         outcome = self._clip(done, units)
+        done.factors = outcome.factors
         try:
-            self._add(done, outcome.factors)
+            self._add(done, done.entries)
         except BaseException:
             self._forget(trainable)
             raise
         self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
+
+    def _replay(self, done: BackwardPass, device: torch.device, trainable: Mapping[nn.Parameter, str]) -> None:
+        """Add what was measured and dropped, one part after the other."""
+        same = torch.ones((), dtype=torch.bool)
+        try:
+            while done.replayed:
+                part = done.replayed.pop()
+                entries = part.again()
+                with exactly(device):
+                    same = same.to(device) & part.agrees(entries).to(device)
+                    self._add(done, entries)
+            check_same(same)
+        except BaseException:
+            self._forget(trainable)
+            raise
+        self.sums.terms += max(done.terms.values(), default=0)
 
     def _forget(self, trainable: Iterable[nn.Parameter]) -> None:
         """Half a sum is no sum: the logical batch starts again from zero."""
@@ -383,9 +405,10 @@ class Clipper:
             self.owner.added(None)
 
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
-        device = next(iter(done.entries))[0].device
+        device = done.device
         groups, found = [], []
-        for (p, _, _), of in tape.measures(done.entries):
+        replayed = (item for part in done.replayed for item in part.measures.items())
+        for (p, _, _), of in chain(tape.measures(done.entries), replayed):
             groups.append(self._group[p])
             found.append(tape.Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)))
         together = tape.in_groups(found, groups, self._num_groups)
@@ -400,13 +423,13 @@ class Clipper:
             scale *= float(units.num_examples or 0)
         return scale
 
-    def _add(self, done: BackwardPass, factors: Tensor) -> None:
-        """Sums of all slots; entries are dropped as they are used. factors: ``[K, U]``."""
+    def _add(self, done: BackwardPass, slots: dict[tape.Slot, list[tape.Entry]]) -> None:
+        """Sums of these slots; entries are dropped as they are used."""
+        assert done.factors is not None
         totals: dict[Tensor, Tensor] = {}
-        terms: dict[Tensor, int] = {}
-        for slot in sorted(done.entries, key=lambda slot: tape.turn(slot, done.entries[slot])):
+        for slot in sorted(slots, key=lambda slot: tape.turn(slot, slots[slot])):
             p, start, stop = slot
-            terms[p] = terms.get(p, 0) + sum(entry.terms for entry in done.entries[slot])
+            done.terms[p] = done.terms.get(p, 0) + sum(entry.terms for entry in slots[slot])
             whole = not p.dim() or stop - start == p.shape[0]
             holds = True
             if p not in totals:
@@ -414,12 +437,11 @@ class Clipper:
                 if not holds and not whole:
                     totals[p].zero_()
                     holds = True
-            for entry in done.entries.pop(slot):
-                entry.add_clipped(factors[self._group[p]], totals[p] if whole else totals[p][start:stop], holds)
+            for entry in slots.pop(slot):
+                entry.add_clipped(done.factors[self._group[p]], totals[p] if whole else totals[p][start:stop], holds)
                 holds = True
         for p, total in totals.items():
             self.sums.write(p, total, released=False)
-        self.sums.terms += max(terms.values())
 
 
 def _guard(clipper: weakref.ref[Clipper], name: str) -> Callable[[Tensor | None], None]:

@@ -2,11 +2,13 @@
 
 Checkpointing (``torch.utils.checkpoint``) runs layers again in backward, where nothing says whose forward it was: taken for
 another's, one unit's examples would be clipped as those of many. So while attached models run, what they hand to torch's
-checkpointing, of either kind, is noted together with their forwards, in this thread.
+checkpointing, of either kind, is noted together with their forwards, in this thread. Parts of one forward that are not nested
+may run a third time, for their clipped sums (replay.py).
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,16 +27,19 @@ from fastclip.taps import leading
 if TYPE_CHECKING:
     from fastclip.forward import Forward
     from fastclip.forwards import Forwards
+    from fastclip.replay import Part
 
 _REENTRANT, _OTHER = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
 
 
 class _State(threading.local):
-    """Of this thread. plain: nothing is recomputed; running: forwards of attached models, the innermost last; again: those
-    whose checkpointed part runs again, in the backward with number ``task``: an interrupt may leave them here."""
+    """Of this thread. plain: nothing is recomputed; running: forwards of attached models, the innermost last; part: the number
+    of the checkpointed part that runs, 0 outside of them; again: forwards of which one runs again, in the backward with number
+    ``task``: an interrupt may leave them here."""
 
     plain = False
     running: tuple[Forward, ...] = ()
+    part = 0
     again: tuple[Forward, ...] = ()
     task = -1
 
@@ -62,8 +67,35 @@ class _Checkpoint:
 
 
 def _generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The same for the other kind, whose generator gets the function for the second run."""
-    return _originals[_OTHER](_noted(function), *args, **kwargs)
+    """The same for the other kind, whose generator stops once: while the function runs for the first time."""
+    if _state.plain:
+        return (yield)
+    around = _originals[_OTHER](_noted(function), *args, **kwargs)
+    part = _part(function, args, kwargs)
+    if part is None:
+        return (yield from around)
+    with _with(part=part.number):
+        yield from around
+    # What the function gave back is in the frame of torch's checkpoint() alone.
+    given_back = sys._getframe(1).f_locals
+    if "ret" in given_back:
+        part.follow(given_back["ret"])
+
+
+def _part(function: Callable[..., Any], args: Any, kwargs: Any) -> Part | None:
+    """Of one forward that runs for the first time, outside of any other part."""
+    running = [f for f in _state.running if f in f.clipper.forwards.running]  # without what an interrupt left there
+    if in_backward() or not torch.is_grad_enabled() or _state.part or len(running) != 1 or len(args) < 5:
+        return None
+    generators, context, _, _, _, *inputs = args
+    if context is not checkpointing.noop_context_fn:
+        return None
+    return running[0].part(function, tuple(inputs), kwargs, bool(generators))
+
+
+def current_part() -> int:
+    """The number of the checkpointed part that runs for the first time; 0 outside of them."""
+    return _state.part
 
 
 def _again() -> tuple[Forward, ...]:
@@ -74,7 +106,7 @@ def _run(known: tuple[Forward, ...], function: Callable[..., Any], *args: Any, *
     if not in_backward():
         return function(*args, **kwargs)
     with ExitStack() as stack:
-        stack.enter_context(_standing_in())
+        stack.enter_context(standing_in())
         stack.enter_context(_with(again=known, task=torch._C._current_graph_task_id()))
         for forward in known:
             stack.enter_context(leading(forward.clipper.forwards.name, forward))
@@ -110,7 +142,8 @@ def _with(**values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _standing_in() -> Iterator[None]:
+def standing_in() -> Iterator[None]:
+    """Inside, torch's checkpointing notes whose it is."""
     global _uses
     with _lock:
         if _uses == 0:
@@ -132,8 +165,11 @@ def _standing_in() -> Iterator[None]:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Inside, what this thread runs under ``torch.utils.checkpoint`` can be differentiated by autograd.grad."""
-    with _standing_in(), _with(plain=True):
+    """Inside, what this thread runs under ``torch.utils.checkpoint`` runs once, as if it were not checkpointed.
+
+    autograd.grad can differentiate that, and no mode of torch that is on in the forward has to be so in the backward.
+    """
+    with standing_in(), _with(plain=True):
         yield
 
 
@@ -143,7 +179,7 @@ def running(forward: Forward) -> Iterator[None]:
     around = (
         f for f in _state.running if f.clipper is not forward.clipper
     )  # of its own there is none but what was interrupted
-    with _standing_in(), _with(running=(*around, forward)):
+    with standing_in(), _with(running=(*around, forward), part=0):
         yield
 
 

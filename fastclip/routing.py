@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -166,6 +166,8 @@ class LayerRoute(Route):
             return clipper.layouts.probe.see(self.name, forward, (args, kwargs))
         if in_backward():
             clipper.passes.current()  # recomputation: arms the callback on the outermost backward
+        else:
+            clipper.forwards.note(self.params)
         if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         if held is not None and (call := self.placed(*args, **kwargs)) is not None:
@@ -183,6 +185,8 @@ class LayerRoute(Route):
         """A call with this input, without running it. None where one input serves all examples."""
         if in_backward():
             self.clipper.passes.current()  # as in __call__
+        else:
+            self.clipper.forwards.note(self.params)
         return (
             self.placed_in(self.clipper.forwards.current(self.name), input) if self.trainable() else Held(None, input)
         )
@@ -199,8 +203,11 @@ class LayerRoute(Route):
         site, spread = self._place(self.name, forward, input)
         return Held(site, input) if spread is input else None
 
+    def params(self) -> Iterable[nn.Parameter]:
+        return params_of(self.targets)
+
     def trainable(self) -> bool:
-        return any(p.requires_grad for p in params_of(self.targets))
+        return any(p.requires_grad for p in self.params())
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward under a trial, which sees caught calls too."""
@@ -347,6 +354,8 @@ class MethodRoute(Route):
         trainable = any(p.requires_grad for p in params_of(self.targets))
         if not clipper.attached or not torch.is_grad_enabled() or clipper.layouts.probe is not None or not trainable:
             return self.original(*args, **kwargs)
+        if not in_backward():
+            clipper.forwards.note(partial(params_of, self.targets))
         forward = clipper.forwards.current(self.name)
         batched = [False] * len(tree_leaves((args, kwargs)))
         return run_loop(

@@ -200,7 +200,19 @@ def copied(entry: Entry, lent: Sequence[Tensor]) -> Entry:
     return replace(entry, **own)
 
 
+def memory(entries: Iterable[Entry]) -> int:
+    """Bytes that these entries hold."""
+    held = {x.data_ptr(): x for e in entries for f in fields(e) if isinstance(x := getattr(e, f.name), Tensor)}
+    return sum(x.numel() * x.itemsize for x in held.values())
+
+
 Slot = tuple[Tensor, int, int]  # a parameter and the range of its rows that the entries belong to
+
+
+def slot_of(param: Tensor, block: slice | None) -> Slot:
+    """block: rows of the parameter; None for all of it."""
+    start, stop, _ = (block or slice(None)).indices(param.shape[0] if param.dim() else 1)
+    return param, start, stop
 
 
 def turn(slot: Slot, entries: Sequence[Entry]) -> tuple[bool, int]:
@@ -209,8 +221,7 @@ def turn(slot: Slot, entries: Sequence[Entry]) -> tuple[bool, int]:
     First those that leave less than there was, small sums before large ones; then the others, by what they free.
     """
     p = slot[0]
-    held = {x.data_ptr(): x for e in entries for f in fields(e) if isinstance(x := getattr(e, f.name), Tensor)}
-    freed = sum(x.numel() * x.itemsize for x in held.values())
+    freed = memory(entries)
     taken = p.numel() * p.itemsize if p.grad is None else 0
     return taken > freed, -freed if taken > freed else taken
 

@@ -143,6 +143,8 @@ class SampleTape(Clipper):
     plain_gradients: whether ``p.grad`` is to be the plain gradient too, as Opacus leaves it.
     """
 
+    replays = False  # the entries are what it is for
+
     def __init__(self, model: nn.Module, hooks: Any, batch_dim: int, max_grad_norm: float, strict: bool) -> None:
         self.hooks = hooks
         self.batches: list[Batch] = []

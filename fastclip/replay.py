@@ -1,0 +1,250 @@
+"""Checkpointed parts of a forward whose rows do not wait for the factors: they are measured, dropped, and formed again.
+
+torch's checkpointing keeps a part's inputs instead of its activations. As rows on the tape they would be kept all the same. So
+where memory is short of them (``_SHARE``) a part's entries become norms as soon as its backward is over, and once the factors
+are known the part runs again, both ways from the same output gradient, for its clipped sums: a second backward of one part
+after the other, at the price of one more forward and one more backward for what is replayed.
+
+Guarantee. What is added is measured again, on the very rows that are added, and the whole sum is thrown away unless every
+square, bound and spread is the number that the factors were made of: the bound on a unit does not rest on the second run being
+like the first. A part is replayed for parameters that nothing but itself uses in its forward, so that the norm of their
+gradient's sum is known when its own backward is over; if an entry comes later all the same, the backward is refused.
+
+Only of ``torch.utils.checkpoint`` with ``use_reentrant=False``, and only where all that a part is given is seen (tensors,
+modules, numbers, in lists, tuples and dicts) and one tensor that it gives back can carry a gradient: others keep their rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from fastclip import tape
+from fastclip.layers.site import no_autocast
+from fastclip.memory import free_memory
+from fastclip.precision import full_precision
+from fastclip.recomputation import standing_in
+from fastclip.tape import Entry, Measure, Slot
+
+if TYPE_CHECKING:
+    from fastclip.backward import BackwardPass
+    from fastclip.forward import Forward
+
+_SHARE = 1 / 4  # of the memory that is free beside the gradients to come: what one part's rows may take
+_SEEN = (Tensor, nn.Module, bool, int, float, str, torch.dtype, torch.device, type(None))
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """How norms and sums are formed: without a graph, in the precision that they name themselves."""
+    with torch.no_grad(), full_precision(), no_autocast("cpu"), no_autocast(device.type):
+        yield
+
+
+class _Given:
+    """A tensor that a part was given, without its history."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self._carries = x.detach(), x.requires_grad
+        self._version = None if x.is_inference() else x._version
+
+    def again(self) -> Tensor:
+        if self._version is not None and self._x._version != self._version:
+            raise RuntimeError(
+                f"a tensor of shape {list(self._x.shape)} that a checkpointed part of the model was given has been changed in "
+                "place since the forward"
+            )
+        return self._x.detach().requires_grad_(self._carries)
+
+
+class _Surroundings:
+    """What a second run has to find as the first did: torch's generators, and autocast."""
+
+    def __init__(self, inputs: Iterable[Any], generators: bool) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        self._device = next((x.device.type for x in tensors if x.device.type not in ("cpu", "meta")), "cpu")
+        self._cpu = torch.get_rng_state() if generators else None
+        self._ids, self._states = get_device_states(*tensors) if generators and self._device != "cpu" else ([], [])
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", self._device}
+        ]
+        self._cache = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._cpu is not None:
+                kind = self._device if self._ids else "cuda"  # fork_rng knows no kind without generators of its own
+                stack.enter_context(torch.random.fork_rng(self._ids, device_type=kind))
+                torch.set_rng_state(self._cpu)
+                if self._ids:
+                    set_device_states(self._ids, self._states, device_type=self._device)
+            for where, enabled, dtype in self._autocast:
+                stack.enter_context(torch.autocast(where, dtype, enabled, self._cache))
+            yield
+
+
+class Part:
+    """One run of one checkpointed function. Autograd's graph keeps it, through a hook on what the function gave back."""
+
+    def __init__(
+        self, forward: Forward, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool
+    ) -> None:
+        """generators: whether torch's random numbers are to be the same again."""
+        self.forward, self.number = forward, next(_numbers)
+        while isinstance(function, partial):
+            args, kwargs = function.args + tuple(args), {**function.keywords, **kwargs}
+            function = function.func
+        leaves, self._form = tree_flatten((args, kwargs))
+        self._released = False
+        self._function, self._surroundings = function, _Surroundings(leaves, generators)
+        self._leaves = [_Given(x) if isinstance(x, Tensor) else x for x in leaves]
+        self._begun = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]  # until the function has run
+        self.measures: dict[Slot, Measure] = {}
+        self._slots: set[Slot] = set()
+
+    def follow(self, out: Any) -> None:
+        """Called with what the function gave back; the part is on its own from here."""
+        inputs, self._inputs = self._inputs, []
+        leaves = tree_leaves(out)
+        ends = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        if len(ends) != 1 or not all(isinstance(x, _SEEN) for x in leaves) or any(ends[0] is x for x in inputs):
+            return
+        if _made_of(ends[0], inputs, self.forward.trained, self._begun):
+            ends[0].register_hook(self._arrived)
+
+    def _arrived(self, grad: Tensor) -> None:
+        """Its backward begins: that of what ran after it is over."""
+        forward = self.forward
+        if forward.finished or not forward.clipper.attached or self._released:
+            return  # nothing to replay: the layers' entries stay, or are refused
+        self._grad = _Given(grad.detach())
+        done = forward.clipper.passes.current()
+        settle(done)
+        if self not in done.pending:
+            done.pending.append(self)
+
+    def own(self) -> set[Tensor]:
+        """The parameters that nothing but this part uses in its forward."""
+        return {p for p, numbers in self.forward.users.items() if numbers == {self.number}}
+
+    def release(self) -> None:
+        """Give back what it needs to run again: the graph may live on."""
+        self._released = True
+        del self._leaves, self._grad, self._function
+
+    def measure(self, slots: dict[Slot, list[Entry]]) -> None:
+        """Keep of these entries what a unit has in them."""
+        tape.check_memory(entry for entries in slots.values() for entry in entries)
+        self._slots = set(slots)
+        with exactly(next(iter(slots))[0].device):
+            self.measures = dict(tape.measures(tape.separate(slots)))
+
+    def again(self) -> dict[Slot, list[Entry]]:
+        """The entries once more, under the slots of ``measures``."""
+        replay = self.forward.replay()
+        leaves = [x.again() if isinstance(x, _Given) else x for x in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._form)
+        inside = self.forward.clipper.forwards.inside(replay)
+        with standing_in(), self._surroundings.restored(), torch.enable_grad(), inside:
+            out = self._function(*args, **kwargs)
+        ends = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+        grad = self._grad.again()
+        if len(ends) == 1 and ends[0].shape == grad.shape:
+            torch.autograd.backward(ends, [grad])
+        self.release()
+        found = {slot: entries for slot, entries in replay.entries.items() if slot in self._slots}
+        if set(found) != self._slots:
+            raise RuntimeError(_DIFFERS)
+        with exactly(grad.device):
+            return tape.separate(found)
+
+    def agrees(self, slots: dict[Slot, list[Entry]]) -> Tensor:
+        """bool scalar: whether units have in these entries, number for number, what was measured before."""
+        same = torch.ones((), dtype=torch.bool)
+        for slot, of in tape.measures(slots):
+            was = self.measures[slot]
+            for now, then in ((of.square, was.square), (of.bound, was.bound), (of.spread, was.spread)):
+                same = same.to(now.device) & ((now == then) | (now.isnan() & then.isnan())).all()
+        return same
+
+
+_DIFFERS = (
+    "a checkpointed part of the model did not do the same when it ran again, so that its rows were not those that had been "
+    "measured; nothing was added. Let it depend on its arguments and torch's own generators alone, and do not set "
+    "preserve_rng_state=False for a model that draws"
+)
+
+
+def check_same(same: Tensor) -> None:
+    """Raises RuntimeError unless all that was replayed agreed."""
+    if not bool(same):
+        raise RuntimeError(_DIFFERS)
+
+
+def settle(done: BackwardPass) -> None:
+    """Of parts whose backward is over: the entries stay where memory is plenty, and are measured and dropped otherwise."""
+    for part in list(done.pending):
+        own = part.own()
+        slots = {slot: entries for slot, entries in done.entries.items() if slot[0] in own}
+        if not slots:
+            continue  # none has come yet
+        done.pending.remove(part)
+        if _fit(slots, part.forward.trained):
+            part.release()
+            continue
+        part.measure(slots)
+        for slot in slots:
+            del done.entries[slot]
+        done.replayed.append(part)
+
+
+def _fit(slots: dict[Slot, list[Entry]], trained: Iterable[Tensor]) -> bool:
+    rows = tape.memory(entry for entries in slots.values() for entry in entries)
+    to_come = sum(p.numel() * p.element_size() for p in trained if p.grad is None)
+    return rows <= _SHARE * (free_memory(next(iter(slots))[0].device) - to_come)
+
+
+def check_apart(done: BackwardPass) -> None:
+    """Raises RuntimeError where an entry came for what a part had been measured for."""
+    waiting: dict[Tensor, list[tuple[int, int]]] = {}
+    for p, start, stop in done.entries:
+        waiting.setdefault(p, []).append((start, stop))
+    for part in done.replayed:
+        for p, start, stop in part.measures:
+            if any(i < stop and start < j for i, j in waiting.get(p, [])):
+                raise RuntimeError(
+                    "a parameter of a checkpointed part of the model was used outside of that part, by a way that the forward "
+                    "did not show, after the part had been measured: do not checkpoint that part"
+                )
+            waiting.setdefault(p, []).append((start, stop))
+
+
+def _made_of(end: Tensor, inputs: Iterable[Tensor], trained: Mapping[Any, str], begun: int) -> bool:
+    """Whether what can get a gradient through ``end`` are these inputs and parameters alone, and not what else there was.
+
+    begun: autograd's number for the next node when the function began.
+    """
+    leaves = {id(x) for x in inputs if x.is_leaf}
+    seen = {x.grad_fn for x in inputs if not x.is_leaf}
+    ahead = [end.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if not (node._sequence_nr() >= begun if variable is None else id(variable) in leaves or variable in trained):
+            return False
+        ahead.extend(following for following, _ in node.next_functions)
+    return True

@@ -1,0 +1,422 @@
+"""Checkpointed parts whose rows do not wait: measured, dropped, and formed again for the clipped sum, or a refusal."""
+
+import copy
+import gc
+import weakref
+
+import families
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastclip
+from fastclip import replay
+
+C = 8.0
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 6, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.LayerNorm(width), nn.Linear(width, 9), nn.Linear(9, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, T, width]
+        return x + self.narrow(self.drop(torch.tanh(self.wide(self.norm(x)))))
+
+
+class Model(nn.Module):
+    """Blocks, each of them checkpointed. run: how a block is called, checkpointed plainly if None."""
+
+    def __init__(self, depth: int = 3, run=None, dropout: float = 0.0, preserve: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 1)
+        self.blocks = nn.ModuleList(Block(dropout=dropout) for _ in range(depth))
+        self.run = run or (lambda block, x: checkpoint(block, x, use_reentrant=False, preserve_rng_state=preserve))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        for block in self.blocks:
+            h = self.run(block, h)
+        return self.head(h).square().sum((1, 2))
+
+
+def rows(examples: int = 5, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(examples, 4, 6, generator=torch.Generator().manual_seed(seed))
+    x[0] *= 5
+    return x
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """As where no memory is left; the numbers of parts that were replayed."""
+    found = []
+    original = replay.Part.again
+
+    def again(part):
+        found.append(part.number)
+        return original(part)
+
+    monkeypatch.setattr(replay, "_SHARE", 0.0)
+    monkeypatch.setattr(replay.Part, "again", again)
+    return found
+
+
+def expected(model, x, ids=None):
+    units = oracle.unit_gradients(model, lambda m, batch: m(batch["x"]), {"x": x}, ids)
+    return oracle.clipped_sum(units, C), oracle.norms(units)
+
+
+def step(model, x, ids=None, **settings):
+    clipper = fastclip.attach(model, C, **settings)
+    with clipper.units(ids=ids or list(range(len(x)))):
+        losses = model(x)
+    losses.sum().backward()
+    return clipper
+
+
+@pytest.mark.parametrize("ids", [None, [4, 1, 4, 7, 1]])
+def test_it_is_the_oracles_sum_and_that_of_kept_rows_to_the_bit(short, monkeypatch, ids):
+    model, x = Model(), rows()
+    wanted, norms = expected(model, x, ids)
+    assert (norms > C).any() and (norms < C).any()
+    clipper = step(model, x, ids)
+    assert len(short) == 3
+    oracle.assert_gradients(oracle.collect(model), wanted)
+    oracle.assert_norms(clipper.unit_norms, norms)
+    twin = Model()
+    monkeypatch.setattr(replay, "_SHARE", 1.0)
+    step(twin, x, ids)
+    assert len(short) == 3
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_no_more_than_one_part_is_held_at_a_time(short, monkeypatch):
+    held = []
+    original = replay.settle
+
+    def settle(done):
+        original(done)
+        held.append({slot[0] for slot in done.entries})
+
+    for place in (replay, fastclip.module):
+        monkeypatch.setattr(place, "settle", settle)
+    model = Model()
+    step(model, rows())
+    inside = {p for block in model.blocks for p in block.parameters()}
+    assert len(held) > 3 and all(not (entries & inside) for entries in held)
+
+
+@pytest.mark.parametrize("name", ["gpt2_padded", "roberta_classifier", "llama_padded", "lora_gpt2", "t5", "vit"])
+@pytest.mark.filterwarnings("ignore:fastclip runs .* example by example")
+def test_families(short, name):
+    """T5's layers share the first one's position bias, which is given back with a gradient of its own."""
+    family = families.FAMILIES[name]
+    model, batch, loss = family.build()
+    units = oracle.unit_gradients(model, loss, batch, family.users)
+    limit = oracle.pick_clipping_norm(oracle.norms(units))
+    families.checkpoint(model, reentrant=False)
+    clipper = fastclip.attach(model, limit)
+    with clipper.units(ids=list(family.users)):
+        losses = loss(model, batch)
+    losses.sum().backward()
+    oracle.assert_gradients(oracle.collect(model), oracle.clipped_sum(units, limit))
+    assert short or name == "t5"
+
+
+def test_sums_of_several_backwards_add_up(short):
+    model, x, y = Model(), rows(), rows(3, 1)
+    total = {name: g + expected(model, y)[0][name] for name, g in expected(model, x)[0].items()}
+    clipper = fastclip.attach(model, C)
+    for first, part in ((0, x), (5, y)):
+        with clipper.units(ids=range(first, first + len(part))):
+            losses = model(part)
+        losses.sum().backward()
+    assert len(short) == 6
+    oracle.assert_gradients(oracle.collect(model), total)
+
+
+def test_dropout_is_the_same_again(short):
+    model, x = Model(dropout=0.5), rows()
+    torch.manual_seed(3)
+    step(model, x)
+    found = oracle.collect(model)
+    assert len(short) == 3
+    twin = Model(dropout=0.5, run=lambda block, x: block(x))
+    torch.manual_seed(3)
+    step(twin, x)
+    for name, g in oracle.collect(twin).items():
+        assert torch.allclose(found[name], g, atol=1e-6), name
+
+
+def refused(model, x, match, begin=lambda: None, before=lambda: None):
+    clipper = fastclip.attach(model, C)
+    model(x)  # the trial runs it too
+    begin()
+    loss = model(x).sum()
+    before()
+    with pytest.raises(RuntimeError, match=match):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert not clipper.sums._records
+    return clipper
+
+
+def test_generators_that_are_not_kept_are_refused(short):
+    refused(Model(dropout=0.5, preserve=False), rows(), "did not do the same")
+
+
+@pytest.mark.parametrize("how", ["value", "shape", "history", "layers"])
+def test_what_differs_when_it_runs_again_is_refused(short, how):
+    runs = dict.fromkeys(range(3), -100)  # not in the trial
+
+    def call(block, i, x):
+        runs[i] += 1
+        if runs[i] < 3:
+            return block(x)
+        if how == "value":
+            return block(x * 1.01)
+        if how == "shape":
+            return block(x)[:, :2]
+        return block(x).detach() if how == "history" else x + 0 * x
+
+    model = Model()
+    model.run = lambda block, x: checkpoint(call, block, list(model.blocks).index(block), x, use_reentrant=False)
+    refused(model, rows(), "did not do the same", begin=lambda: runs.update(dict.fromkeys(runs, 0)))
+    wanted, _ = expected(Model(), rows())
+    runs.update(dict.fromkeys(runs, -1))
+    model(rows()).sum().backward()
+    oracle.assert_gradients(oracle.collect(model), wanted)
+
+
+def test_a_later_sum_is_forgotten_with_the_rest(short):
+    """Half a sum is no sum: what waited from an earlier backward goes too."""
+    model, x = Model(), rows()
+    clipper = fastclip.attach(model, C)
+    model(x).sum().backward()
+    with clipper.units(ids=range(10, 15)):
+        loss = model(x).sum()
+    original = replay.Part.agrees
+    try:
+        replay.Part.agrees = lambda part, slots: original(part, slots) & False
+        with pytest.raises(RuntimeError, match="did not do the same"):
+            loss.backward()
+    finally:
+        replay.Part.agrees = original
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_changed_inputs_are_refused(short):
+    kept = {}
+
+    def run(block, x):
+        kept["bias"] = torch.zeros(6)
+        return checkpoint(lambda y, b: block(y + b), x, b=kept["bias"], use_reentrant=False)
+
+    refused(Model(1, run), rows(), "changed in place", before=lambda: kept["bias"].add_(1))
+
+
+@pytest.mark.parametrize("kind", ["two layers", "in and out", "twice a part", "frozen"])
+def test_parameters_of_several_parts(short, kind):
+    """Those that another part uses too, or what lies outside, keep their rows."""
+    model = Model()
+    if kind == "two layers":
+        model.blocks[2].wide = model.blocks[0].wide
+    elif kind == "in and out":
+        model.first = model.blocks[1].square = nn.Linear(6, 6)
+        model.run = lambda block, x: checkpoint(
+            lambda y: block(block.square(y) if hasattr(block, "square") else y), x, use_reentrant=False
+        )
+    elif kind == "twice a part":
+        model.run = lambda block, x: checkpoint(lambda y: block(block(y)), x, use_reentrant=False)
+    else:
+        model.blocks[1].requires_grad_(False)
+    wanted, norms = expected(model, rows())
+    clipper = step(model, rows())
+    oracle.assert_gradients(oracle.collect(model), wanted)
+    oracle.assert_norms(clipper.unit_norms, norms)
+    assert len(short) == (2 if kind == "frozen" else 3)
+
+
+def test_an_entry_that_comes_later_is_refused(short, monkeypatch):
+    """As it would be if the forward had not shown a use."""
+    model = Model()
+    model.blocks[2].wide = model.blocks[0].wide
+    monkeypatch.setattr(replay.Part, "own", lambda part: set(part.forward.trained))
+    refused(model, rows(), "used outside of that part")
+
+
+def beside(block, x):
+    """Takes a tensor with a gradient without being given it."""
+    scale = x.mean((1, 2), keepdim=True)
+    return checkpoint(lambda y: block(y) * scale, x, use_reentrant=False)
+
+
+def two_out(block, x):
+    out, other = checkpoint(lambda y: (block(y), y * 2), x, use_reentrant=False)
+    return out + other
+
+
+class Box:
+    def __init__(self, x):
+        self.x = x
+
+
+def half_in_a_box(block, x):
+    out, box = checkpoint(lambda y: (block(y), Box(y * 2)), x, use_reentrant=False)
+    return out + box.x
+
+
+RUNS = {
+    "beside": beside,
+    "two out": two_out,
+    "in a box": lambda block, x: checkpoint(lambda box: block(box.x), Box(x), use_reentrant=False),
+    "half in a box": half_in_a_box,
+    "reentrant": lambda block, x: checkpoint(block, x, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_what_is_not_seen_keeps_its_rows(short, how):
+    model = Model(run=RUNS[how])
+    wanted, norms = expected(model, rows())
+    clipper = step(model, rows().requires_grad_())
+    oracle.assert_gradients(oracle.collect(model), wanted)
+    oracle.assert_norms(clipper.unit_norms, norms)
+    assert not short
+
+
+def nested(block, x):
+    return checkpoint(lambda y: checkpoint(block, y, use_reentrant=False) + y, x, use_reentrant=False)
+
+
+SEEN = {
+    "nested": nested,
+    "nested reentrant": lambda block, x: checkpoint(
+        lambda y: checkpoint(block, y, use_reentrant=True), x, use_reentrant=False
+    ),
+    "tuple": lambda block, x: checkpoint(
+        lambda pair, scale=1: block(pair[0]) * scale, (x, None), use_reentrant=False, scale=2
+    ),
+    "changed behind it": lambda block, x: checkpoint(block, x, use_reentrant=False).mul_(2),
+    "a view": lambda block, x: checkpoint(lambda y: block(y)[:, :2], x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_what_is_seen_is_replayed(short, how):
+    model = Model(run=SEEN[how])
+    wanted, norms = expected(model, rows())
+    x = rows().requires_grad_()
+    clipper = step(model, x)
+    oracle.assert_gradients(oracle.collect(model), wanted)
+    oracle.assert_norms(clipper.unit_norms, norms)
+    assert len(short) == 3
+    y = rows().requires_grad_()
+    clipper.detach()
+    model(y).sum().backward()
+    assert torch.allclose(x.grad, y.grad, rtol=1e-5)  # once, not twice
+
+
+def test_autocast(short, monkeypatch):
+    model, x = Model(), rows()
+    twin = copy.deepcopy(model)
+    for copied, share in ((model, 0.0), (twin, 1.0)):
+        monkeypatch.setattr(replay, "_SHARE", share)
+        fastclip.attach(copied, C)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = copied(x)
+        losses.sum().backward()
+        assert len(short) == 3
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_not_finite(short):
+    """The unit's rows reach nobody, and being NaN twice is being the same."""
+    model, x = Model(), rows()
+    x[1, 2, 3] = float("nan")
+    keep = [0, 2, 3, 4]
+    wanted, _ = expected(model, x[keep])
+    clipper = step(model, x)
+    assert clipper.nonfinite_units == 1 and len(short) == 3
+    oracle.assert_gradients(oracle.collect(model), wanted)
+
+
+def test_the_inputs_gradient_alone_replays_nothing(short):
+    model, x = Model(), rows().requires_grad_()
+    wanted, _ = expected(model, x.detach())
+    fastclip.attach(model, C)
+    loss = model(x).sum()
+    (g,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert not short and all(p.grad is None for p in model.parameters())
+    loss.backward()
+    assert len(short) == 3 and torch.allclose(g, x.grad, rtol=1e-6)
+    oracle.assert_gradients(oracle.collect(model), wanted)
+
+
+def test_a_second_backward_is_refused(short):
+    model, x = Model(), rows()
+    fastclip.attach(model, C)
+    loss = model(x).sum()
+    loss.backward(retain_graph=True)
+    before = oracle.collect(model)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    oracle.assert_gradients(oracle.collect(model), before)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_stays_in_memory(short, backward):
+    model = Model()
+    clipper = fastclip.attach(model, C)
+    alive = []
+    original = replay.Part.__init__
+
+    def init(part, *args):
+        original(part, *args)
+        alive.append(weakref.ref(part))
+
+    replay.Part.__init__ = init
+    try:
+        loss = model(rows()).sum()
+        if backward:
+            loss.backward()
+        del loss
+        gc.collect()
+    finally:
+        replay.Part.__init__ = original
+    assert len(alive) == 3 and not [part for part in alive if part() is not None]
+    assert clipper.attached
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_inputs_are_given_back_while_the_graph_lives(monkeypatch, share):
+    inputs = []
+
+    def run(block, x):
+        y = x.clone()
+        inputs.append(weakref.ref(y.untyped_storage()))
+        return checkpoint(block, y, use_reentrant=False)
+
+    model = Model()
+    fastclip.attach(model, C)
+    model(rows())
+    model.run = run
+    monkeypatch.setattr(replay, "_SHARE", share)
+    loss = model(rows()).sum()
+    loss.backward()
+    gc.collect()
+    assert len(inputs) == 3 and not [x for x in inputs if x() is not None] and loss.grad_fn is not None
+
+
+def test_opacus_face_keeps_its_entries(short):
+    from fastclip.opacus import GradSampleModule
+
+    model = GradSampleModule(Model())
+    model(rows()).sum().backward()
+    assert not short and model._module.head.weight.grad_sample.shape == (5, 1, 6)
