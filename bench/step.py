@@ -8,10 +8,10 @@ Random weights, no dropout, torch.optim.AdamW as people construct it. Modes: pla
 the same with a fused AdamW and under torch.compile where that works; fastclip, by the losses of fastclip.huggingface;
 compiled, fastclip with everything below the head under torch.compile; lean, fastclip without the head's logits; logits,
 fastclip with losses from the model's own logits; checkpointed, without privacy and with each block of the model checkpointed;
-kept and replayed, fastclip with the same checkpoints, its rows kept where memory is plenty and formed again where there is none;
-ghost and hooks, Opacus. The processes take turns, one step at a time and
-another one first in each round, so that all see the same machine; a time is the median over rounds of a mode's step beside the
-plain step of the same round, which a machine that changes its speed disturbs less than two medians. Memory is of another
+kept and replayed, fastclip with the same checkpoints, its rows kept as where memory is plenty, and formed again as where there
+is none; ghost and hooks, Opacus. The processes take turns, one step at a time and another one first in each round, so that all
+see the same machine; a time is the median over rounds of a mode's step beside the plain step of the same round, which a machine
+that changes its speed disturbs less than two medians. Memory is of another
 process a mode, whose allocator gives back what is freed (glibc's heap otherwise keeps holes that make one and the same program
 come out up to a tenth apart): the peak resident size of all, the first step with fastclip's trial included, and of the last
 step alone. Opacus refuses GPT-2 and tied heads: there the head is untied and GPT-2's position embedding frozen, which makes
@@ -65,7 +65,7 @@ ROWS = {
     "gpt2:2x1024:bf16": ("plain", "fastclip"),
     "roberta:8x128:fp32": ("plain", "best", "fastclip", "ghost", "hooks"),
     "roberta:8x128:bf16": ("plain", "fastclip"),
-    "roberta:32x128:fp32": ("plain", "fastclip", *CHECKPOINTED),
+    "roberta:16x128:fp32": ("plain", "fastclip", *CHECKPOINTED),
     "roberta_large:4x128:fp32": ("plain", "fastclip"),
     "roberta_large:4x128:bf16": ("plain", "fastclip"),
     "llama:4x256:fp32": ("plain", "fastclip"),

@@ -160,10 +160,13 @@ class Part:
             out = self._function(*args, **kwargs)
         ends = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
         grad = self._grad.again()
-        if len(ends) == 1 and ends[0].shape == grad.shape:
-            torch.autograd.backward(ends, [grad])
+        try:
+            if len(ends) == 1 and ends[0].shape == grad.shape:
+                torch.autograd.backward(ends, [grad])
+            found = {slot: entries for slot, entries in replay.entries.items() if slot in self._slots}
+        finally:
+            replay.entries.clear()  # rows know the graph, which knows the replay: none of them would ever be freed
         self.release()
-        found = {slot: entries for slot, entries in replay.entries.items() if slot in self._slots}
         if set(found) != self._slots:
             raise RuntimeError(_DIFFERS)
         with exactly(grad.device):
