@@ -236,6 +236,20 @@ def every_op():
     }
 
 
+@pytest.mark.parametrize("d, p", [(1024, 1040), (1040, 1024)])
+def test_clipped_gemm_takes_many_rows_in_several_parts(d, p):
+    """The BLAS gets a scaled copy of at most 2^22 elements at a time."""
+    torch.manual_seed(0)
+    offsets, factors = torch.tensor([0, 4000, 4000, 4300]), torch.tensor([0.5, 3.0, 2.0])
+    a, g, before = torch.randn(4300, d), torch.randn(4300, p), torch.randn(p, d)
+    for accumulate in (True, False):
+        out = before.clone()
+        ops.clipped_gemm(a, g, offsets, factors, out, accumulate=accumulate, backend="cpp")
+        base = before.double()[-7:] if accumulate else torch.zeros(7, d).double()
+        wanted = reference.clipped_gemm(*wide(a, g[:, -7:]), offsets, factors.double(), base)
+        close(out[-7:], wanted, torch.float32)
+
+
 def test_the_number_of_threads_shows_nowhere():
     threads = torch.get_num_threads()
     results = []

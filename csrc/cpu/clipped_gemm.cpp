@@ -1,7 +1,7 @@
 // clipped_gemm: out (+)= sum_u factors[u] g_u^T a_u.
 //
-// a: [N, d], g: [N, p], offsets: [U + 1], factors: [U], out: fp32 or fp64 [p, d]. The factor multiplies rows in out's dtype
-// while they are packed, or sums of products of bf16; each slice of out is one product of its own, on one thread, so that the
+// a: [N, d], g: [N, p], offsets: [U + 1], factors: [U], out: fp32 or fp64 [p, d]. The factor multiplies rows in out's dtype,
+// while they are packed or, for the BLAS, in one copy of the narrower side, or sums of products of bf16; each slice of out is one product of its own, on one thread, so that the
 // number of threads shows nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
 #include "clipped_tiles.h"
 #include "gemm.h"
@@ -12,6 +12,7 @@ namespace {
 
 // Columns of the longer side a task takes: few enough that two threads are both busy to the end.
 constexpr int64_t kLeast = 96, kMost = 768, kTasks = 4;
+constexpr int64_t kScaled = int64_t{1} << 22;  // elements of a copy
 
 struct Scratch {
   Packs<float> narrow;
@@ -87,6 +88,36 @@ void products_of_halves(const Rows<c10::BFloat16>& a, const Rows<c10::BFloat16>&
   });
 }
 
+// out (+)= sum_t factors[t] g_t^T a_t; without factors the sum alone.
+template <class Out, class A, class G>
+void slices(const Rows<A>& a, const Rows<G>& g, int64_t k, const Out* factors, bool accumulate, Out* out, int64_t stride) {
+  const View<G> left{g.data, 1, g.stride};
+  const View<A> right{a.data, a.stride, 1};
+  const bool along_p = g.columns >= a.columns;
+  const int64_t longer = std::max(a.columns, g.columns);
+  const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, kMost);
+  over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
+    const int64_t first = task * step, count = std::min(step, longer - first);
+    if (along_p)
+      gemm<Out>(s.of(Out{}), count, a.columns, k, left.at(first, 0), right, factors, accumulate, out + first * stride, stride);
+    else
+      gemm<Out>(s.of(Out{}), g.columns, count, k, left, right.at(0, first), factors, accumulate, out + first, stride);
+  });
+}
+
+// Rows of x times their factors.
+template <class Out, class X>
+Rows<Out> scaled(const Rows<X>& x, int64_t rows, const Out* factors, Buffer<Out>& into) {
+  Out* to = into.get(rows * x.columns);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 32768 / x.columns), [&](int64_t first, int64_t last) {
+    best([&]() FASTCLIP_LAMBDA {
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t c = 0; c < x.columns; ++c) to[t * x.columns + c] = factors[t] * static_cast<Out>(x.row(t)[c]);
+    });
+  });
+  return {to, x.columns, x.columns};
+}
+
 template <class Out, class A, class G>
 void products(const Rows<A>& all_a, const Rows<G>& all_g, const std::vector<int64_t>& kept, const std::vector<Out>& factors,
               bool accumulate, Out* out, int64_t stride) {
@@ -94,18 +125,22 @@ void products(const Rows<A>& all_a, const Rows<G>& all_g, const std::vector<int6
   Buffer<G> g_copy;
   const Rows<A> a = gathered(all_a, kept, a_copy);
   const Rows<G> g = gathered(all_g, kept, g_copy);
-  const View<G> left{g.data, 1, g.stride};
-  const View<A> right{a.data, a.stride, 1};
-  const bool along_p = g.columns >= a.columns;
-  const int64_t longer = std::max(a.columns, g.columns), k = kept.size();
-  const int64_t step = std::clamp((longer / kTasks + 15) / 16 * 16, kLeast, kMost);
-  over_tasks<Scratch>((longer + step - 1) / step, [&](int64_t task, Scratch& s) {
-    const int64_t first = task * step, count = std::min(step, longer - first);
-    if (along_p)
-      gemm<Out>(s.of(Out{}), count, a.columns, k, left.at(first, 0), right, factors.data(), accumulate, out + first * stride, stride);
+  const int64_t rows = kept.size();
+  if (packed::faster()) return slices(a, g, rows, factors.data(), accumulate, out, stride);
+  // The BLAS scales nothing: one copy of the narrower side for all slices, so many rows at a time that it stays small.
+  thread_local Buffer<Out> copy;
+  const int64_t step = std::max<int64_t>(256, kScaled / std::min(a.columns, g.columns));
+  for (int64_t t = 0; t < rows; t += step) {
+    const int64_t count = std::min(step, rows - t);
+    const Rows<A> own_a{a.row(t), a.stride, a.columns};
+    const Rows<G> own_g{g.row(t), g.stride, g.columns};
+    const bool add = accumulate || t > 0;
+    const Out* none = nullptr;
+    if (a.columns <= g.columns)
+      slices(scaled(own_a, count, factors.data() + t, copy), own_g, count, none, add, out, stride);
     else
-      gemm<Out>(s.of(Out{}), g.columns, count, k, left, right.at(0, first), factors.data(), accumulate, out + first, stride);
-  });
+      slices(own_a, scaled(own_g, count, factors.data() + t, copy), count, none, add, out, stride);
+  }
 }
 
 template <class Out>
