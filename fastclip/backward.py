@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from fastclip.tape import Entry, Slot, slot_of
+from fastclip.tape import Entry, Measure, Slot, slot_of
 
 if TYPE_CHECKING:
     from fastclip.replay import Part
@@ -33,8 +33,10 @@ class BackwardPass:
     def __init__(self, finish: Callable[[BackwardPass], None]) -> None:
         self.entries: dict[Slot, list[Entry]] = {}
         self.forwards: list[Any] = []
+        self.device = torch.device("cpu")  # of one of the parameters
         self.pending: list[Part] = []
         self.replayed: list[Part] = []
+        self.first: Measure | None = None  # [K, U], what units had in what is replayed
         self.factors: Tensor | None = None  # [K, U], once they are known
         self.terms: dict[Tensor, int] = {}  # how many an element of a parameter's sum got at most
         self._thread = threading.current_thread()
@@ -50,6 +52,7 @@ class BackwardPass:
                 "a backward of an attached model runs in a thread that Python did not start, where autograd puts what is "
                 "nested 60 backwards deep: use torch.utils.checkpoint with use_reentrant=False"
             )
+        self.device = param.device
         self.entries.setdefault(slot_of(param, block), []).append(entry)
         if not any(forward is known for known in self.forwards):
             self.forwards.append(forward)
@@ -59,10 +62,6 @@ class BackwardPass:
         yield from self.entries
         for part in self.replayed:
             yield from part.measures
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.slots())[0].device
 
     @property
     def over(self) -> bool:

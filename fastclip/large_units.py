@@ -75,5 +75,6 @@ def accumulate_unit(clipper: Clipper, unit_id: int, reduction: str, num_examples
         done = BackwardPass(clipper._finish)
         done.forwards.append(Forward(clipper, units, {}, trainable))
         for param, grad in found.items():
+            done.device = param.device
             done.entries[param, 0, param.shape[0] if param.dim() else 1] = [PerUnit(grad[None])]
         done.finish()

@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +31,7 @@ from fastclip.layers.activation import activation_of
 from fastclip.layers.bare import Targets
 from fastclip.layers.site import forget_shared_input
 from fastclip.layouts import Layouts
-from fastclip.replay import check_apart, check_same, exactly, settle
+from fastclip.replay import check_apart, check_same, exactly, settle, slack
 from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route, is_running
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
@@ -348,13 +347,12 @@ class Clipper:
         tape.check_memory(entry for entries in done.entries.values() for entry in entries)
         check_apart(done)
         self._accept(done, units, trainable)
-        device = done.device
-        with exactly(device):
+        with exactly(done.device):
             done.entries = tape.separate(done.entries)
             self._use(done, units, trainable)
         for f in done.forwards:
             f.finished = True
-        self._replay(done, device, trainable)
+        self._replay(done, trainable)
         if self.owner is not None:
             self.owner.added(units)
 
@@ -380,17 +378,18 @@ class Clipper:
             raise
         self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
 
-    def _replay(self, done: BackwardPass, device: torch.device, trainable: Mapping[nn.Parameter, str]) -> None:
+    def _replay(self, done: BackwardPass, trainable: Mapping[nn.Parameter, str]) -> None:
         """Add what was measured and dropped, one part after the other."""
-        same = torch.ones((), dtype=torch.bool)
+        again: list[tuple[tape.Slot, tape.Measure]] = []
         try:
             while done.replayed:
-                part = done.replayed.pop()
+                part = done.replayed.pop(0)
                 entries = part.again()
-                with exactly(device):
-                    same = same.to(device) & part.agrees(entries).to(device)
+                with exactly(done.device):
+                    again += part.measure_again(entries)
                     self._add(done, entries)
-            check_same(same)
+            if again and done.first is not None and done.factors is not None:
+                check_same(done.first, self._in_groups(again, done), done.factors)
         except BaseException:
             self._forget(trainable)
             raise
@@ -405,14 +404,15 @@ class Clipper:
             self.owner.added(None)
 
     def _clip(self, done: BackwardPass, units: PrivacyUnits) -> tape.Outcome:
-        device = done.device
-        groups, found = [], []
-        replayed = (item for part in done.replayed for item in part.measures.items())
-        for (p, _, _), of in chain(tape.measures(done.entries), replayed):
-            groups.append(self._group[p])
-            found.append(tape.Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)))
-        together = tape.in_groups(found, groups, self._num_groups)
-        return tape.clip(together, self.weights(units).to(device), self.rule, self._spread_limit)
+        found = self._in_groups(tape.measures(done.entries), done)
+        if done.replayed:
+            done.first = self._in_groups((item for part in done.replayed for item in part.measures.items()), done)
+            found = found.plus(done.first, 1 + slack(done.device))
+        return tape.clip(found, self.weights(units).to(done.device), self.rule, self._spread_limit)
+
+    def _in_groups(self, found: Iterable[tuple[tape.Slot, tape.Measure]], done: BackwardPass) -> tape.Measure:
+        shape = self._num_groups, done.forwards[0].units.num_units
+        return tape.together(found, self._group, shape, done.device)
 
     def weights(self, units: PrivacyUnits) -> Tensor:
         """fp64 ``[U]``: what a unit's sum of rows' gradients is to be multiplied by to be its gradient."""

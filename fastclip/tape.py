@@ -16,7 +16,7 @@ Guarantees, given that every trainable parameter's every use is entered (module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -307,6 +307,12 @@ class Measure:
     bound: Tensor
     spread: Tensor
 
+    def plus(self, other: Measure, times: float) -> Measure:
+        """Of what has both, the other one so many times."""
+        return Measure(
+            self.square + times * other.square, self.bound + times * other.bound, self.spread + times * other.spread
+        )
+
 
 def in_groups(found: Sequence[Measure], groups: Sequence[int], num_groups: int) -> Measure:
     """Each ``[K, U]``: sums over what belongs to one group. groups: of each of found; all on one device."""
@@ -314,6 +320,17 @@ def in_groups(found: Sequence[Measure], groups: Sequence[int], num_groups: int) 
     index = torch.tensor(groups, device=columns[0].device)
     shape = num_groups, columns[0].shape[1]
     return Measure(*(column.new_zeros(shape).index_add_(0, index, column) for column in columns))
+
+
+def together(
+    found: Iterable[tuple[Slot, Measure]], group_of: Mapping[Tensor, int], shape: tuple[int, int], device: torch.device
+) -> Measure:
+    """The same of slots, whose parameters are in these groups, on whatever devices. shape: (K, U)."""
+    groups, moved = [0], [Measure(*torch.zeros(3, shape[1], dtype=torch.float64, device=device))]
+    for (p, _, _), of in found:
+        groups.append(group_of[p])
+        moved.append(Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)))
+    return in_groups(moved, groups, shape[0])
 
 
 def measures(slots: dict[Slot, list[Entry]]) -> Iterator[tuple[Slot, Measure]]:
