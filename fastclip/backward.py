@@ -73,6 +73,9 @@ class BackwardPass:
         try:
             self._finish(self)
         finally:
+            if self.forwards:
+                for part in self.pending + self.replayed:
+                    part.release()
             self.entries.clear()
             self.pending.clear()
             self.replayed.clear()

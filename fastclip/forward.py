@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +30,7 @@ class Forward:
     """One forward of the attached model: its units, and whether its one backward is done.
 
     uses: of each layer that was called, what gives its parameters, and the number of the checkpointed part it was called in, 0
-    outside of them.
+    outside of them and in compiled code.
     """
 
     def __init__(
@@ -43,6 +42,8 @@ class Forward:
         self.trained = trained  # what was trainable then
         self.finished = False
         self.uses: list[tuple[Callable[[], Iterable[Tensor]], int]] = []
+        self._users: dict[Tensor, set[int]] = {}
+        self._counted = 0  # of uses
         self.number = next(_numbers)
 
     @property
@@ -72,14 +73,13 @@ class Forward:
         with self.clipper.forwards.inside(_Row(self, self.units.select(example))):
             yield
 
-    @cached_property
     def users(self) -> dict[Tensor, set[int]]:
-        """The numbers in ``uses`` of each parameter, once the forward is over."""
-        found: dict[Tensor, set[int]] = {}
-        for params, number in self.uses:
+        """The numbers in ``uses`` of each parameter."""
+        for params, number in self.uses[self._counted :]:
             for p in params():
-                found.setdefault(p, set()).add(number)
-        return found
+                self._users.setdefault(p, set()).add(number)
+        self._counted = len(self.uses)
+        return self._users
 
     def part(self, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool) -> Part | None:
         """A function of this forward that is checkpointed; None where its rows have to be kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -21,6 +22,7 @@ class Forwards:
     def __init__(self) -> None:
         self.name = new_name(self)
         self.last: Forward | None = None
+        self._begun: WeakSet[Forward] = WeakSet()
         self._local = threading.local()
 
     @property
@@ -33,6 +35,7 @@ class Forwards:
     def begin(self, forward: Forward) -> None:
         lead(self.name, forward)
         self.last = forward
+        self._begun.add(forward)
         self.running.append(forward)
 
     def end(self, forward: Forward) -> None:
@@ -67,6 +70,10 @@ class Forwards:
         raise RuntimeError(
             f"{layer} was called outside the attached model's forward: call the model, or attach {layer}"
         )
+
+    def others_wait(self, forward: Forward) -> bool:
+        """Whether there are others whose backward may come together with this one's."""
+        return any(f is not forward and not f.finished for f in self._begun)
 
     def note(self, params: Callable[[], Iterable[Tensor]]) -> None:
         """What gives the parameters of a layer that is called for the first time."""

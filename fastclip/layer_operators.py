@@ -206,6 +206,8 @@ def _layer(
     route, forward = _find(key, tap, params)
     if in_backward():
         route.clipper.passes.current()  # as in LayerRoute.__call__
+    else:
+        forward.uses.append((route.params, 0))
     route.clipper.forwards.check(forward, route.name, tap)
     with torch.no_grad(), _ambient(tensors[0].device.type, autocast):
         return _run(route, forward, route.calls[call], tensors, numbers).contiguous()

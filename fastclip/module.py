@@ -31,7 +31,7 @@ from fastclip.layers.activation import activation_of
 from fastclip.layers.bare import Targets
 from fastclip.layers.site import forget_shared_input
 from fastclip.layouts import Layouts
-from fastclip.replay import check_apart, check_same, exactly, settle, slack
+from fastclip.replay import SLACK, check_apart, check_same, exactly, settle
 from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route, is_running
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
@@ -79,6 +79,7 @@ class Clipper:
         self._num_groups = 1
         self._spread_limit = math.inf
         self.forwards = Forwards()
+        self.replayable: dict[frozenset[tape.Slot], bool] = {}  # what was found of checkpointed parts, by their slots
         self._local = threading.local()
         self._finishing = threading.Lock()
         self._open_units = 0
@@ -182,6 +183,7 @@ class Clipper:
     def forget_layout(self) -> None:
         """Try the model again at the next forward, after a change of its code that its modules do not show."""
         self.layouts.forget()
+        self.replayable.clear()
 
     def begin(self) -> None:
         """Put the routes into the model; :func:`attach` has checked it."""
@@ -347,12 +349,17 @@ class Clipper:
         tape.check_memory(entry for entries in done.entries.values() for entry in entries)
         check_apart(done)
         self._accept(done, units, trainable)
-        with exactly(done.device):
-            done.entries = tape.separate(done.entries)
-            self._use(done, units, trainable)
-        for f in done.forwards:
-            f.finished = True
-        self._replay(done, trainable)
+        try:
+            with exactly(done.device):
+                done.entries = tape.separate(done.entries)
+                self._use(done, units, trainable)
+            for f in done.forwards:
+                f.finished = True
+            self._replay(done)
+        except BaseException:
+            if done.factors is not None:
+                self._forget(trainable)
+            raise
         if self.owner is not None:
             self.owner.added(units)
 
@@ -370,29 +377,21 @@ class Clipper:
     def _use(self, done: BackwardPass, units: PrivacyUnits, trainable: Mapping[nn.Parameter, str]) -> None:
         """Clip and add what a backward entered."""
         outcome = self._clip(done, units)
-        done.factors = outcome.factors
-        try:
-            self._add(done, done.entries)
-        except BaseException:
-            self._forget(trainable)
-            raise
+        done.factors = outcome.factors  # from here on a failure leaves half a sum
+        self._add(done, done.entries)
         self.unit_norms, self._nonfinite = outcome.norms, outcome.nonfinite
 
-    def _replay(self, done: BackwardPass, trainable: Mapping[nn.Parameter, str]) -> None:
+    def _replay(self, done: BackwardPass) -> None:
         """Add what was measured and dropped, one part after the other."""
         again: list[tuple[tape.Slot, tape.Measure]] = []
-        try:
-            while done.replayed:
-                part = done.replayed.pop(0)
-                entries = part.again()
-                with exactly(done.device):
-                    again += part.measure_again(entries)
-                    self._add(done, entries)
-            if again and done.first is not None and done.factors is not None:
-                check_same(done.first, self._in_groups(again, done), done.factors)
-        except BaseException:
-            self._forget(trainable)
-            raise
+        while done.replayed:
+            part = done.replayed.pop(0)
+            entries = part.again()
+            with exactly(done.device):
+                again += part.measure_again(entries)
+                self._add(done, entries)
+        if again and done.first is not None and done.factors is not None:
+            check_same(done.first, self._in_groups(again, done), done.factors)
         self.sums.terms += max(done.terms.values(), default=0)
 
     def _forget(self, trainable: Iterable[nn.Parameter]) -> None:
@@ -407,7 +406,7 @@ class Clipper:
         found = self._in_groups(tape.measures(done.entries), done)
         if done.replayed:
             done.first = self._in_groups((item for part in done.replayed for item in part.measures.items()), done)
-            found = found.plus(done.first, 1 + slack(done.device))
+            found = found.plus(done.first, 1 + SLACK)
         return tape.clip(found, self.weights(units).to(done.device), self.rule, self._spread_limit)
 
     def _in_groups(self, found: Iterable[tuple[tape.Slot, tape.Measure]], done: BackwardPass) -> tape.Measure:

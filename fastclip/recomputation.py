@@ -88,7 +88,8 @@ def _part(function: Callable[..., Any], args: Any, kwargs: Any) -> Part | None:
     if in_backward() or not torch.is_grad_enabled() or _state.part or len(running) != 1 or len(args) < 5:
         return None
     generators, context, _, _, _, *inputs = args
-    if context is not checkpointing.noop_context_fn:
+    # What is saved elsewhere, or in another form, is not to be kept here as it is.
+    if context is not checkpointing.noop_context_fn or torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
     return running[0].part(function, tuple(inputs), kwargs, bool(generators))
 

@@ -7,26 +7,29 @@ after the other, at the price of one more forward and one more backward for what
 
 Guarantee. What is added is measured again, on the very rows that are added, and the whole sum is thrown away unless units have
 together in them, in each group, the squares, bounds and spreads that the factors were made of: the bound on a unit does not
-rest on the second run being like the first. On a CPU they have to be the same numbers. Elsewhere a backward may add up in
-another order each time (attention's does): there the first squares count ``1 + SLACK`` times when factors are made, and the
-second ones have to lie within ``SLACK`` of them. A part is replayed for parameters that nothing but itself uses in its forward,
-so that the norm of their gradient's sum is known when its own backward is over; if an entry comes later all the same, the
-backward is refused.
+rest on the second run being like the first. Backwards may add up in another order each time (attention's does on a GPU): so the
+first squares count ``1 + SLACK`` times when factors are made, and the second ones have to lie within ``SLACK`` of them. A
+part is replayed for parameters that nothing but itself uses in the one forward that waits for its backward, so that the norm of
+their gradient's sum is known when its own backward is over; if an entry comes later all the same, the backward is refused.
+The second backward ends at these parameters: nothing else gets a gradient from it.
 
-Only of ``torch.utils.checkpoint`` with ``use_reentrant=False``, and only where all that a part is given is seen (tensors,
-modules, numbers, in lists, tuples and dicts) and one tensor that it gives back can carry a gradient: others keep their rows.
+The first time, a part runs again while its rows are still there, and keeps them for good unless it gives the same ones: what it
+hands out by other ways than its result, hooks on that, or numbers that are not drawn from torch's generators would
+otherwise end in a refusal. Only of ``torch.utils.checkpoint`` with ``use_reentrant=False``; other parts keep their rows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -42,8 +45,10 @@ if TYPE_CHECKING:
     from fastclip.forward import Forward
 
 _SHARE = 1 / 4  # of the memory that is free beside the gradients to come: what one part's rows may take
-SLACK = 2.0**-10
-_SEEN = (Tensor, nn.Module, bool, int, float, str, torch.dtype, torch.device, type(None))
+SLACK = 2.0**-17
+_ALIKE = (
+    2.0**-7
+)  # by how much a tensor of rows may differ in a trial: bf16 rows whose terms were added in another order
 _numbers = itertools.count(1)
 
 
@@ -98,7 +103,7 @@ class _Surroundings:
 
 
 class Part:
-    """One run of one checkpointed function. Autograd's graph keeps it, through a hook on what the function gave back."""
+    """One run of one checkpointed function. Autograd's graph keeps it, through a hook where the function's result was made."""
 
     def __init__(
         self, forward: Forward, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool
@@ -109,43 +114,68 @@ class Part:
             args, kwargs = function.args + tuple(args), {**function.keywords, **kwargs}
             function = function.func
         leaves, self._form = tree_flatten((args, kwargs))
-        self._released = False
+        given = {id(x): _Given(x) for x in leaves if isinstance(x, Tensor)}  # one for what is given twice
+        self._leaves = [given[id(x)] if isinstance(x, Tensor) else x for x in leaves]
         self._function, self._surroundings = function, _Surroundings(leaves, generators)
-        self._leaves = [_Given(x) if isinstance(x, Tensor) else x for x in leaves]
-        self._begun = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        self._inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]  # until the function has run
+        self._released = False
         self.measures: dict[Slot, Measure] = {}
-        self._slots: set[Slot] = set()
+        self._slots: Collection[Slot] = ()
 
     def follow(self, out: Any) -> None:
         """Called with what the function gave back; the part is on its own from here."""
-        inputs, self._inputs = self._inputs, []
-        leaves = tree_leaves(out)
-        ends = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        if len(ends) != 1 or not all(isinstance(x, _SEEN) for x in leaves) or any(ends[0] is x for x in inputs):
-            return
-        if _made_of(ends[0], inputs, self.forward.trained, self._begun):
-            ends[0].register_hook(self._arrived)
+        ends = _ends(out)
+        if len(ends) == 1 and ends[0].grad_fn is not None:
+            # Behind all hooks on the tensor, whenever they are registered.
+            ends[0].grad_fn.register_prehook(partial(self._arrived, ends[0].output_nr))
 
-    def _arrived(self, grad: Tensor) -> None:
+    def _arrived(self, number: int, grads: Sequence[Tensor | None]) -> None:
         """Its backward begins: that of what ran after it is over."""
-        forward = self.forward
-        if forward.finished or not forward.clipper.attached or self._released:
-            return  # nothing to replay: the layers' entries stay, or are refused
-        self._grad = _Given(grad.detach())
+        forward, grad = self.forward, grads[number]
+        if self._released or grad is None or forward.finished or not forward.clipper.attached:
+            return  # the layers' entries stay, or are refused
         done = forward.clipper.passes.current()
         settle(done)
+        if not self.own() or forward.clipper.forwards.others_wait(forward):
+            self.release()
+            return
+        self._grad = _Given(grad.detach())
         if self not in done.pending:
             done.pending.append(self)
 
     def own(self) -> set[Tensor]:
-        """The parameters that nothing but this part uses in its forward."""
-        return {p for p, numbers in self.forward.users.items() if numbers == {self.number}}
+        """The trained parameters that nothing but this part uses in its forward."""
+        users = self.forward.users().items()
+        return {p for p, numbers in users if numbers == {self.number} and p in self.forward.trained}
 
     def release(self) -> None:
-        """Give back what it needs to run again: the graph may live on."""
+        """Give back what it needs to run again: the graph may live on, and know the function, which may know the graph."""
         self._released = True
-        del self._leaves, self._grad, self._function
+        self.__dict__.pop("_grad", None)
+        self._leaves, self._function = [], _gone
+
+    def alike(self, slots: dict[Slot, list[Entry]]) -> bool:
+        """Whether it gives these entries when it runs again, tried once for these parameters."""
+        tried, key = self.forward.clipper.replayable, frozenset(slots)
+        if key not in tried:
+            tried[key] = self._gives(slots)
+            if not tried[key]:
+                warnings.warn(
+                    "a checkpointed part of the model does not do the same when it runs again for its clipped sums: its rows "
+                    "are kept until the backward ends, which takes the memory that checkpointing saves. Let it depend on its "
+                    "arguments and torch's generators alone, and give back one tensor with a gradient",
+                    stacklevel=2,
+                )
+        return tried[key]
+
+    def _gives(self, slots: dict[Slot, list[Entry]]) -> bool:
+        try:
+            found = self._run_again(slots)
+        except Exception:  # whatever the model's code raises where it finds other surroundings
+            return False
+        with torch.no_grad():
+            return found.keys() == slots.keys() and all(
+                len(found[slot]) == len(slots[slot]) and all(map(_alike, slots[slot], found[slot])) for slot in slots
+            )
 
     def measure(self, slots: dict[Slot, list[Entry]]) -> None:
         """Keep of these entries what a unit has in them."""
@@ -156,25 +186,29 @@ class Part:
 
     def again(self) -> dict[Slot, list[Entry]]:
         """The entries once more, under the slots of ``measures``."""
+        found = self._run_again(self._slots)
+        self.release()
+        if found.keys() != self._slots:
+            raise RuntimeError(_DIFFERS)
+        with exactly(next(iter(found))[0].device):
+            return tape.separate(found)
+
+    def _run_again(self, slots: Collection[Slot]) -> dict[Slot, list[Entry]]:
+        """What is entered under these slots."""
         replay = self.forward.replay()
-        leaves = [x.again() if isinstance(x, _Given) else x for x in self._leaves]
+        again: dict[int, Tensor] = {}
+        leaves = [again.setdefault(id(x), x.again()) if isinstance(x, _Given) else x for x in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._form)
         inside = self.forward.clipper.forwards.inside(replay)
         with standing_in(), self._surroundings.restored(), torch.enable_grad(), inside:
             out = self._function(*args, **kwargs)
-        ends = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
-        grad = self._grad.again()
+        ends, grad = _ends(out), self._grad.again()
         try:
             if len(ends) == 1 and ends[0].shape == grad.shape:
-                torch.autograd.backward(ends, [grad])
-            found = {slot: entries for slot, entries in replay.entries.items() if slot in self._slots}
+                torch.autograd.backward(ends, [grad], inputs=list({slot[0] for slot in slots}))
+            return {slot: entries for slot, entries in replay.entries.items() if slot in slots}
         finally:
             replay.entries.clear()  # rows know the graph, which knows the replay: none of them would ever be freed
-        self.release()
-        if set(found) != self._slots:
-            raise RuntimeError(_DIFFERS)
-        with exactly(grad.device):
-            return tape.separate(found)
 
     def measure_again(self, slots: dict[Slot, list[Entry]]) -> list[tuple[Slot, Measure]]:
         """What units have in the entries of :meth:`again`, in the order of ``measures``."""
@@ -189,16 +223,37 @@ _DIFFERS = (
 )
 
 
-def slack(device: torch.device) -> float:
-    return 0.0 if device.type == "cpu" else SLACK
+def _gone(*_: Any, **__: Any) -> None:
+    raise RuntimeError("this part of the model was released")
+
+
+def _ends(out: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _alike(x: Entry, y: Entry) -> bool:
+    """Whether entries hold the same rows, but for the order in which they were added up."""
+    if type(x) is not type(y):
+        return False
+    pairs = [(getattr(x, f.name), getattr(y, f.name)) for f in fields(x)]
+    return all(_near(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _near(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    finite = x.isfinite()
+    away = torch.where(finite, x - y, 0).norm() <= _ALIKE * torch.where(finite, x, 0).norm()
+    return bool(away) and torch.equal(finite, y.isfinite())
 
 
 def check_same(first: Measure, second: Measure, factors: Tensor) -> None:
     """Raises RuntimeError unless units have in the second run what they had in the first. All ``[K, U]``; factors: theirs."""
-    by = slack(factors.device)
     near = torch.ones_like(factors, dtype=torch.bool)
     for then, now in ((first.square, second.square), (first.bound, second.bound), (first.spread, second.spread)):
-        near &= (now <= then * (1 + by)) & (now >= then * (1 - by))
+        near &= (now <= then * (1 + SLACK)) & (now >= then * (1 - SLACK))
     if not bool((near | (factors == 0)).all()):  # of those with factor 0 nothing was added
         raise RuntimeError(_DIFFERS)
 
@@ -211,7 +266,7 @@ def settle(done: BackwardPass) -> None:
         if not slots:
             continue  # none has come yet
         done.pending.remove(part)
-        if _fit(slots, part.forward.trained):
+        if _fit(slots, part.forward.trained) or not part.alike(slots):
             part.release()
             continue
         part.measure(slots)
@@ -239,23 +294,3 @@ def check_apart(done: BackwardPass) -> None:
                     "did not show, after the part had been measured: do not checkpoint that part"
                 )
             waiting.setdefault(p, []).append((start, stop))
-
-
-def _made_of(end: Tensor, inputs: Iterable[Tensor], trained: Mapping[Any, str], begun: int) -> bool:
-    """Whether what can get a gradient through ``end`` are these inputs and parameters alone, and not what else there was.
-
-    begun: autograd's number for the next node when the function began.
-    """
-    leaves = {id(x) for x in inputs if x.is_leaf}
-    seen = {x.grad_fn for x in inputs if not x.is_leaf}
-    ahead = [end.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if not (node._sequence_nr() >= begun if variable is None else id(variable) in leaves or variable in trained):
-            return False
-        ahead.extend(following for following, _ in node.next_functions)
-    return True

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import families
 import oracle
@@ -17,6 +18,7 @@ from fastclip.forward import Replay
 from fastclip.tape import PerUnit
 
 C = 8.0
+UNEVEN = torch.linspace(0.9, 1.1, 6)
 
 
 class Block(nn.Module):
@@ -67,6 +69,15 @@ def short(monkeypatch):
     return found
 
 
+@pytest.fixture
+def trusted(monkeypatch):
+    """As if each part had been tried and found alike."""
+    monkeypatch.setattr(replay.Part, "_gives", lambda part, slots: True)
+
+
+KEPT = pytest.warns(UserWarning, match="its rows are kept")
+
+
 def expected(model, x, ids=None):
     units = oracle.unit_gradients(model, lambda m, batch: m(batch["x"]), {"x": x}, ids)
     return oracle.clipped_sum(units, C), oracle.norms(units)
@@ -81,7 +92,7 @@ def step(model, x, ids=None, **settings):
 
 
 @pytest.mark.parametrize("ids", [None, [4, 1, 4, 7, 1]])
-def test_it_is_the_oracles_sum_and_that_of_kept_rows_to_the_bit(short, monkeypatch, ids):
+def test_it_is_the_oracles_sum_and_that_of_kept_rows(short, monkeypatch, ids):
     model, x = Model(), rows()
     wanted, norms = expected(model, x, ids)
     assert (norms > C).any() and (norms < C).any()
@@ -94,7 +105,7 @@ def test_it_is_the_oracles_sum_and_that_of_kept_rows_to_the_bit(short, monkeypat
     step(twin, x, ids)
     assert len(short) == 3
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+        assert torch.allclose(p.grad, q.grad, rtol=replay.SLACK, atol=1e-7)
 
 
 def test_no_more_than_one_part_is_held_at_a_time(short, monkeypatch):
@@ -104,10 +115,12 @@ def test_no_more_than_one_part_is_held_at_a_time(short, monkeypatch):
     def settle(done):
         original(done)
         held.append({slot[0] for slot in done.entries})
+        assert not done.pending
 
     for place in (replay, fastclip.module):
         monkeypatch.setattr(place, "settle", settle)
-    model = Model()
+    model = Model(4)
+    model.blocks[2].requires_grad_(False)
     step(model, rows())
     inside = {p for block in model.blocks for p in block.parameters()}
     assert len(held) > 3 and all(not (entries & inside) for entries in held)
@@ -152,7 +165,7 @@ def test_dropout_is_the_same_again(short):
     torch.manual_seed(3)
     step(twin, x)
     for name, g in oracle.collect(twin).items():
-        assert torch.allclose(found[name], g, atol=1e-6), name
+        assert torch.allclose(found[name], g, rtol=1e-5, atol=1e-5), name
 
 
 def refused(model, x, match, begin=lambda: None, before=lambda: None):
@@ -168,12 +181,12 @@ def refused(model, x, match, begin=lambda: None, before=lambda: None):
     return clipper
 
 
-def test_generators_that_are_not_kept_are_refused(short):
+def test_generators_that_are_not_kept_are_refused(short, trusted):
     refused(Model(dropout=0.5, preserve=False), rows(), "did not do the same")
 
 
 @pytest.mark.parametrize("how", ["value", "shape", "history", "layers"])
-def test_what_differs_when_it_runs_again_is_refused(short, how):
+def test_what_differs_when_it_runs_again_is_refused(short, trusted, how):
     runs = dict.fromkeys(range(3), -100)  # not in the trial
 
     def call(block, i, x):
@@ -181,7 +194,7 @@ def test_what_differs_when_it_runs_again_is_refused(short, how):
         if runs[i] < 3:
             return block(x)
         if how == "value":
-            return block(x * 1.01)
+            return block(x * UNEVEN)
         if how == "shape":
             return block(x)[:, :2]
         return block(x).detach() if how == "history" else x + 0 * x
@@ -195,11 +208,9 @@ def test_what_differs_when_it_runs_again_is_refused(short, how):
     oracle.assert_gradients(oracle.collect(model), wanted)
 
 
-@pytest.mark.parametrize("by, refuses", [(1e-4, False), (-1e-4, False), (2e-3, True), (-2e-3, True)])
-def test_where_sums_have_no_order_the_bound_has_room(short, monkeypatch, by, refuses):
-    """As on a GPU: what lies within SLACK is no more than C, and what does not is refused."""
-    for place in (replay, fastclip.module):
-        monkeypatch.setattr(place, "slack", lambda device: replay.SLACK)
+@pytest.mark.parametrize("by, refuses", [(2e-6, False), (-2e-6, False), (1e-4, True), (-1e-4, True)])
+def test_where_sums_have_no_order_the_bound_has_room(short, trusted, monkeypatch, by, refuses):
+    """What lies within SLACK is no more than C, and what does not is refused."""
     original = replay.Part.again
 
     def again(part):
@@ -215,7 +226,7 @@ def test_where_sums_have_no_order_the_bound_has_room(short, monkeypatch, by, ref
     else:
         step(model, rows(1))
         size = oracle.norm(oracle.collect(model))
-        assert C * (1 - 1e-3) <= size <= C * (1 + 1e-6)
+        assert C * (1 - 2e-5) <= size <= C * (1 + 1e-6)
 
 
 def test_a_later_sum_is_forgotten_with_the_rest(short, monkeypatch):
@@ -225,13 +236,13 @@ def test_a_later_sum_is_forgotten_with_the_rest(short, monkeypatch):
     model(x).sum().backward()
     with clipper.units(ids=range(10, 15)):
         loss = model(x).sum()
-    monkeypatch.setattr(replay, "slack", lambda device: -1.0)
+    monkeypatch.setattr(replay, "SLACK", -1.0)
     with pytest.raises(RuntimeError, match="did not do the same"):
         loss.backward()
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_changed_inputs_are_refused(short):
+def test_changed_inputs_are_refused(short, trusted):
     kept = {}
 
     def run(block, x):
@@ -263,7 +274,7 @@ def test_parameters_of_several_parts(short, kind):
     assert len(short) == (2 if kind == "frozen" else 3)
 
 
-def test_an_entry_that_comes_later_is_refused(short, monkeypatch):
+def test_an_entry_that_comes_later_is_refused(short, trusted, monkeypatch):
     """As it would be if the forward had not shown a use."""
     model = Model()
     model.blocks[2].wide = model.blocks[0].wide
@@ -271,10 +282,9 @@ def test_an_entry_that_comes_later_is_refused(short, monkeypatch):
     refused(model, rows(), "used outside of that part")
 
 
-def beside(block, x):
-    """Takes a tensor with a gradient without being given it."""
-    scale = x.mean((1, 2), keepdim=True)
-    return checkpoint(lambda y: block(y) * scale, x, use_reentrant=False)
+class Box:
+    def __init__(self, x):
+        self.x = x
 
 
 def two_out(block, x):
@@ -282,44 +292,120 @@ def two_out(block, x):
     return out + other
 
 
-class Box:
-    def __init__(self, x):
-        self.x = x
-
-
 def half_in_a_box(block, x):
-    out, box = checkpoint(lambda y: (block(y), Box(y * 2)), x, use_reentrant=False)
+    out, box = checkpoint(lambda y: (block(y), Box(block.narrow.bias * 2)), x, use_reentrant=False)
     return out + box.x
 
 
-RUNS = {
-    "beside": beside,
+def stashed(block, x):
+    """A part of the loss that leaves the part by another way."""
+
+    def run(y):
+        block.stash = block.wide(block.norm(y))
+        return y + block.narrow(torch.tanh(block.stash))
+
+    out = checkpoint(run, x, use_reentrant=False)
+    return out + block.stash.sum(-1, keepdim=True)
+
+
+def reversed_inside(block, x):
+    def run(y):
+        out = block(y)
+        if out.requires_grad:
+            out.register_hook(lambda g: -g)
+        return out
+
+    return checkpoint(run, x, use_reentrant=False)
+
+
+def saved_in_bf16(block, x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: (y.bfloat16(), y.dtype), lambda y: y[0].to(y[1])):
+        return checkpoint(block, x, use_reentrant=False)
+
+
+KEEPS = {
     "two out": two_out,
-    "in a box": lambda block, x: checkpoint(lambda box: block(box.x), Box(x), use_reentrant=False),
-    "half in a box": half_in_a_box,
     "reentrant": lambda block, x: checkpoint(block, x, use_reentrant=True),
+    "stashed": stashed,
+    "reversed inside": reversed_inside,
+    "saved in bf16": saved_in_bf16,
+    "nested reentrant": lambda block, x: checkpoint(
+        lambda y: checkpoint(block, y, use_reentrant=True), x, use_reentrant=False
+    ),
 }
+WARNS = ("stashed", "reversed inside", "nested reentrant")
 
 
-@pytest.mark.parametrize("how", RUNS)
-def test_what_is_not_seen_keeps_its_rows(short, how):
-    model = Model(run=RUNS[how])
-    wanted, norms = expected(model, rows())
-    clipper = step(model, rows().requires_grad_())
-    oracle.assert_gradients(oracle.collect(model), wanted)
-    oracle.assert_norms(clipper.unit_norms, norms)
+@pytest.mark.parametrize("how", KEEPS)
+def test_what_cannot_run_again_alone_keeps_its_rows(short, how):
+    twin, model = Model(run=KEEPS[how]), Model(run=KEEPS[how])
+    short_share, replay._SHARE = replay._SHARE, 1.0
+    step(twin, rows())
+    replay._SHARE = short_share
+    with KEPT if how in WARNS else nullcontext():
+        step(model, rows())
     assert not short
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_what_differs_in_the_trial_keeps_its_rows(short):
+    runs = dict.fromkeys(range(3), -100)
+
+    def call(block, i, x):
+        runs[i] += 1
+        return block(x) if runs[i] != 3 else block(x * UNEVEN)
+
+    model = Model()
+    model.run = lambda block, x: checkpoint(call, block, list(model.blocks).index(block), x, use_reentrant=False)
+    wanted, _ = expected(Model(), rows())
+    fastclip.attach(model, C)
+    model(rows())
+    runs.update(dict.fromkeys(runs, 0))
+    with KEPT:
+        model(rows()).sum().backward()
+    oracle.assert_gradients(oracle.collect(model), wanted)
+    assert not short
+    model.zero_grad()
+    model(rows()).sum().backward()
+    assert not short  # for good
 
 
 def nested(block, x):
     return checkpoint(lambda y: checkpoint(block, y, use_reentrant=False) + y, x, use_reentrant=False)
 
 
+LEAF = torch.ones(6, requires_grad=True)
+
+
+def beside(block, x):
+    return checkpoint(lambda y: block(y) * LEAF, x, use_reentrant=False)
+
+
+def by_closure(block, x):
+    return checkpoint(lambda y: block(y) + x, x, use_reentrant=False)
+
+
+def of_one_node(block, x):
+    one, other = torch.cat([x, x * 2], -1).chunk(2, -1)
+    return checkpoint(lambda y: block(y) * torch.tanh(other), one, use_reentrant=False)
+
+
+def reversed_behind(block, x):
+    out = checkpoint(block, x, use_reentrant=False)
+    if out.requires_grad:
+        out.register_hook(lambda g: -0.5 * g)
+    return out
+
+
 SEEN = {
+    "beside": beside,
+    "by closure": by_closure,
+    "of one node": of_one_node,
+    "reversed behind": reversed_behind,
+    "in a box": lambda block, x: checkpoint(lambda box: block(box.x), Box(x), use_reentrant=False),
+    "out of a box": lambda block, x: checkpoint(lambda y: Box(block(y)), x, use_reentrant=False).x,
     "nested": nested,
-    "nested reentrant": lambda block, x: checkpoint(
-        lambda y: checkpoint(block, y, use_reentrant=True), x, use_reentrant=False
-    ),
     "tuple": lambda block, x: checkpoint(
         lambda pair, scale=1: block(pair[0]) * scale, (x, None), use_reentrant=False, scale=2
     ),
@@ -336,11 +422,136 @@ def test_what_is_seen_is_replayed(short, how):
     clipper = step(model, x)
     oracle.assert_gradients(oracle.collect(model), wanted)
     oracle.assert_norms(clipper.unit_norms, norms)
-    assert len(short) == 3
+    assert len(short) == (0 if how == "out of a box" else 3)
     y = rows().requires_grad_()
     clipper.detach()
     model(y).sum().backward()
-    assert torch.allclose(x.grad, y.grad, rtol=1e-5)  # once, not twice
+    assert torch.allclose(x.grad, y.grad, rtol=1e-5, atol=1e-5)  # once, not twice
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift
+
+
+def test_another_models_gradients_are_its_own(short):
+    """A part may know what that model gave by another way than its argument."""
+    model, before = Model(run=by_closure), Shift()
+    both = nn.Sequential(copy.deepcopy(before), copy.deepcopy(model))
+    both[1].run = by_closure
+    fastclip.attach(both, 1e6)
+    both(rows()).sum().backward()
+    short.clear()
+    fastclip.attach(before, 1e6), fastclip.attach(model, 1e6)
+    model(before(rows())).sum().backward()
+    assert len(short) == 3
+    assert torch.allclose(before.shift.grad, both[0].shift.grad, rtol=1e-4)
+
+
+def test_an_earlier_forward_gets_nothing(short):
+    """`inputs=` leaves its parameters out, and the replay may not bring them in."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enc, self.dec = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, second=False):
+            if not second:
+                return self.enc(x)
+            return checkpoint(lambda y: torch.tanh(self.dec(y)) + x, x, use_reentrant=False)
+
+    model = Two()
+    clipper = fastclip.attach(model, 1.0)
+    with clipper.units(ids=[0]):
+        h = model(10 * rows(1))
+        loss = model(h, second=True).square().sum()
+    loss.backward(inputs=list(model.dec.parameters()))
+    assert model.enc.weight.grad is None
+    assert oracle.norm(oracle.collect(model)) <= 1 + 1e-5
+
+
+def test_two_forwards_in_one_backward_keep_their_rows(short):
+    model, x = Model(), rows()
+    clipper = fastclip.attach(model, C)
+    with clipper.units(ids=range(5)):
+        (model(x) - 0.5 * model(x.flip(1) * 0.9)).sum().backward()
+    found = oracle.collect(model)
+    units = oracle.unit_gradients(Model(), lambda m, b: m(b["x"]) - 0.5 * m(b["x"].flip(1) * 0.9), {"x": x})
+    oracle.assert_gradients(found, oracle.clipped_sum(units, C))
+    assert not short
+
+
+def test_one_tensor_given_three_times(short):
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mha, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 1)
+
+        def forward(self, x):
+            h = checkpoint(self.mha, x, x, x, need_weights=False, use_reentrant=False)[0]
+            return self.head(h).square().sum((1, 2))
+
+    model = Attends()
+    wanted, _ = expected(model, rows())
+    step(model, rows())
+    oracle.assert_gradients(oracle.collect(model), wanted)
+    assert len(short) == 1
+
+
+def test_gradients_inside_the_forward(short):
+    """They come before all uses are known."""
+
+    class Looks(Model):
+        def forward(self, x):
+            first = super().forward(x)
+            if torch.is_grad_enabled() and x.requires_grad:
+                torch.autograd.grad(first.sum(), x, retain_graph=True)
+            return first + super().forward(0.5 * x)
+
+    model = Looks()
+    wanted, _ = expected(model, rows())
+    step(model, rows().requires_grad_())
+    oracle.assert_gradients(oracle.collect(model), wanted)
+
+
+def test_some_parameters_alone(short):
+    model = Model()
+    fastclip.attach(model, 1e6)
+    bias = model.blocks[0].norm.bias
+    model(rows()).sum().backward(inputs=[bias])
+    twin = Model()
+    twin(rows()).sum().backward()
+    assert torch.allclose(bias.grad, twin.blocks[0].norm.bias.grad, rtol=1e-4)
+    assert [p.grad is None for p in model.parameters()].count(False) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_used_in_compiled_code_too(short):
+    model = Model()
+    compiled = torch.compile(model.blocks[1], backend="eager")
+    model.run = lambda block, x: checkpoint(block, compiled(x) if block is model.blocks[1] else x, use_reentrant=False)
+    step(model, rows())
+    found = oracle.collect(model)
+    plain = Model()
+    plain.run = lambda block, x: block(block(x)) if block is plain.blocks[1] else block(x)
+    units = [
+        oracle.plain_gradients(plain, lambda m, b: run_plain(m, b["x"]), {"x": rows()[i : i + 1]}) for i in range(5)
+    ]
+    oracle.assert_gradients(found, oracle.clipped_sum(units, C))
+    assert len(short) == 2
+
+
+def run_plain(model, x):
+    h = model.first(x)
+    for i, block in enumerate(model.blocks):
+        h = block(block(h)) if i == 1 else block(h)
+    return model.head(h).square().sum((1, 2))
 
 
 def test_autocast(short, monkeypatch):
@@ -354,7 +565,7 @@ def test_autocast(short, monkeypatch):
         losses.sum().backward()
         assert len(short) == 3
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+        assert torch.allclose(p.grad, q.grad, rtol=replay.SLACK, atol=1e-6)
 
 
 def test_not_finite(short):
@@ -408,7 +619,7 @@ def test_nothing_stays_in_memory(short, monkeypatch, backward):
         loss.backward()
     del loss
     gc.collect()
-    assert len(alive) == (6 if backward else 3) and not [x for x in alive if x() is not None]
+    assert len(alive) == (9 if backward else 3) and not [x for x in alive if x() is not None]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -429,6 +640,36 @@ def test_inputs_are_given_back_while_the_graph_lives(monkeypatch, share):
     loss.backward()
     gc.collect()
     assert len(inputs) == 3 and not [x for x in inputs if x() is not None] and loss.grad_fn is not None
+
+
+@pytest.mark.parametrize("kind", ["frozen", "one block", "plain", "not wanted"])
+def test_functions_that_know_their_result_are_freed(short, kind):
+    """The graph may not keep a part that keeps the function that knows the graph."""
+    alive = []
+
+    class Loops(Model):
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = checkpoint(lambda y, block=block: block(y).to(x.dtype), x, use_reentrant=False)  # noqa: B023
+                alive.append(weakref.ref(x.untyped_storage()))
+            return self.head(x).square().sum((1, 2))
+
+    model = Loops()
+    if kind == "frozen":
+        model.blocks.requires_grad_(False)
+    if kind == "one block":
+        model.blocks = nn.ModuleList([model.blocks[0]] * 3)
+    fastclip.attach(model, C)
+    model(rows()).sum().backward()
+    alive.clear()
+    for _ in range(2):
+        loss = model(rows(seed=1)).sum()
+        model.zero_grad()
+        loss.backward(inputs=[model.first.weight] if kind == "not wanted" else None)
+    del loss
+    gc.collect()
+    assert len(alive) == 6 and not [x for x in alive if x() is not None]
 
 
 def test_opacus_face_keeps_its_entries(short):
