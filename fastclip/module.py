@@ -406,7 +406,7 @@ class Clipper:
         found = self._in_groups(tape.measures(done.entries), done)
         if done.replayed:
             done.first = self._in_groups((item for part in done.replayed for item in part.measures.items()), done)
-            found = found.plus(done.first, 1 + SLACK)
+            found = found.plus(done.first, 1 + 2 * SLACK)
         return tape.clip(found, self.weights(units).to(done.device), self.rule, self._spread_limit)
 
     def _in_groups(self, found: Iterable[tuple[tape.Slot, tape.Measure]], done: BackwardPass) -> tape.Measure:

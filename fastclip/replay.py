@@ -8,10 +8,11 @@ after the other, at the price of one more forward and one more backward for what
 Guarantee. What is added is measured again, on the very rows that are added, and the whole sum is thrown away unless units have
 together in them, in each group, the squares, bounds and spreads that the factors were made of: the bound on a unit does not
 rest on the second run being like the first. Backwards may add up in another order each time (attention's does on a GPU): so the
-first squares count ``1 + SLACK`` times when factors are made, and the second ones have to lie within ``SLACK`` of them. A
-part is replayed for parameters that nothing but itself uses in the one forward that waits for its backward, so that the norm of
-their gradient's sum is known when its own backward is over; if an entry comes later all the same, the backward is refused.
-The second backward ends at these parameters: nothing else gets a gradient from it.
+first ones count ``1 + 2 SLACK`` times when factors are made, and the second ones have to lie within ``SLACK`` of them. The other
+half of it is for units whose rounding was just small enough then to be left out of their norm. A part is replayed for
+parameters that nothing but itself uses in the one forward that waits for its backward, so that the norm of their gradient's sum
+is known when its own backward is over; if an entry comes later all the same, the backward is refused. The second backward ends
+at these parameters: nothing else gets a gradient from it.
 
 The first time, a part runs again while its rows are still there, and keeps them for good unless it gives the same ones: what it
 hands out by other ways than its result, hooks on that, or numbers that are not drawn from torch's generators would
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from fastclip.forward import Forward
 
 _SHARE = 1 / 4  # of the memory that is free beside the gradients to come: what one part's rows may take
-SLACK = 2.0**-17
+SLACK = 2.0**-18
 _ALIKE = (
     2.0**-7
 )  # by how much a tensor of rows may differ in a trial: bf16 rows whose terms were added in another order
