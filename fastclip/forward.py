@@ -44,6 +44,7 @@ class Forward:
         self.uses: list[tuple[Callable[[], Iterable[Tensor]], int]] = []
         self._users: dict[Tensor, set[int]] = {}
         self._counted = 0  # of uses
+        self.parts = 0  # that were checkpointed
         self.number = next(_numbers)
 
     @property

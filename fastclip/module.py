@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from fastclip.layers.activation import activation_of
 from fastclip.layers.bare import Targets
 from fastclip.layers.site import forget_shared_input
 from fastclip.layouts import Layouts
-from fastclip.replay import SLACK, check_apart, check_same, exactly, settle
+from fastclip.replay import SLACK, check_apart, exactly, replay, settle
 from fastclip.routing import CALL, ActivationRoute, LayerRoute, MethodRoute, RootRoute, Route, is_running
 from fastclip.sums import GradientSums
 from fastclip.units import PrivacyUnits
@@ -79,7 +80,7 @@ class Clipper:
         self._num_groups = 1
         self._spread_limit = math.inf
         self.forwards = Forwards()
-        self.replayable: dict[frozenset[tape.Slot], bool] = {}  # what was found of checkpointed parts, by their slots
+        self.replayable: dict[int, bool] = {}  # what was found of checkpointed parts, by their place in the forward
         self._local = threading.local()
         self._finishing = threading.Lock()
         self._open_units = 0
@@ -383,15 +384,7 @@ class Clipper:
 
     def _replay(self, done: BackwardPass) -> None:
         """Add what was measured and dropped, one part after the other."""
-        again: list[tuple[tape.Slot, tape.Measure]] = []
-        while done.replayed:
-            part = done.replayed.pop(0)
-            entries = part.again()
-            with exactly(done.device):
-                again += part.measure_again(entries)
-                self._add(done, entries)
-        if again and done.first is not None and done.factors is not None:
-            check_same(done.first, self._in_groups(again, done), done.factors)
+        replay(done, partial(self._add, done), partial(self._in_groups, done=done))
         self.sums.terms += max(done.terms.values(), default=0)
 
     def _forget(self, trainable: Iterable[nn.Parameter]) -> None:

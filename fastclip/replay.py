@@ -8,15 +8,16 @@ after the other, at the price of one more forward and one more backward for what
 Guarantee. What is added is measured again, on the very rows that are added, and the whole sum is thrown away unless units have
 together in them, in each group, the squares, bounds and spreads that the factors were made of: the bound on a unit does not
 rest on the second run being like the first. Backwards may add up in another order each time (attention's does on a GPU): so the
-first ones count ``1 + 2 SLACK`` times when factors are made, and the second ones have to lie within ``SLACK`` of them. The other
-half of it is for units whose rounding was just small enough then to be left out of their norm. A part is replayed for
+first ones count ``1 + 2 SLACK`` times when factors are made, and the second ones have to lie within ``SLACK`` of them. The
+other half of it is for units whose rounding was just small enough then to be left out of their norm. A part is replayed for
 parameters that nothing but itself uses in the one forward that waits for its backward, so that the norm of their gradient's sum
 is known when its own backward is over; if an entry comes later all the same, the backward is refused. The second backward ends
 at these parameters: nothing else gets a gradient from it.
 
-The first time, a part runs again while its rows are still there, and keeps them for good unless it gives the same ones: what it
-hands out by other ways than its result, hooks on that, or numbers that are not drawn from torch's generators would
-otherwise end in a refusal. Only of ``torch.utils.checkpoint`` with ``use_reentrant=False``; other parts keep their rows.
+A signed number of each gradient is compared too (sketch.py), so that what is private is also right. The first time, a part runs
+again while its rows are still there, and keeps them for good where it would be refused: for what it hands out by other ways
+than its result, hooks on that, or numbers that are not drawn from torch's generators. A refusal keeps them from then on. Only
+of ``torch.utils.checkpoint`` with ``use_reentrant=False``; other parts keep their rows, and all do while another forward waits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from fastclip.layers.site import no_autocast
 from fastclip.memory import free_memory
 from fastclip.precision import full_precision
 from fastclip.recomputation import standing_in
+from fastclip.sketch import sketch
 from fastclip.tape import Entry, Measure, Slot
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ if TYPE_CHECKING:
 
 _SHARE = 1 / 4  # of the memory that is free beside the gradients to come: what one part's rows may take
 SLACK = 2.0**-18
-_ALIKE = (
-    2.0**-7
-)  # by how much a tensor of rows may differ in a trial: bf16 rows whose terms were added in another order
+_TURNED = 2.0**-8  # of the squared norms: how far signed numbers may be apart
 _numbers = itertools.count(1)
 
 
@@ -110,7 +109,8 @@ class Part:
         self, forward: Forward, function: Callable[..., Any], args: Any, kwargs: Any, generators: bool
     ) -> None:
         """generators: whether torch's random numbers are to be the same again."""
-        self.forward, self.number = forward, next(_numbers)
+        forward.parts += 1
+        self.forward, self.number, self.place = forward, next(_numbers), forward.parts
         while isinstance(function, partial):
             args, kwargs = function.args + tuple(args), {**function.keywords, **kwargs}
             function = function.func
@@ -120,6 +120,8 @@ class Part:
         self._function, self._surroundings = function, _Surroundings(leaves, generators)
         self._released = False
         self.measures: dict[Slot, Measure] = {}
+        self.same = torch.zeros((), dtype=torch.bool)  # whether signed numbers were alike when it ran again
+        self._sketches: dict[Slot, Tensor] = {}
         self._slots: Collection[Slot] = ()
 
     def follow(self, out: Any) -> None:
@@ -154,45 +156,68 @@ class Part:
         self.__dict__.pop("_grad", None)
         self._leaves, self._function = [], _gone
 
-    def alike(self, slots: dict[Slot, list[Entry]]) -> bool:
-        """Whether it gives these entries when it runs again, tried once for these parameters."""
-        tried, key = self.forward.clipper.replayable, frozenset(slots)
-        if key not in tried:
-            tried[key] = self._gives(slots)
-            if not tried[key]:
+    def replayable(self, slots: dict[Slot, list[Entry]]) -> bool:
+        """Whether it gives these entries when it runs again: tried once for its place in the forward."""
+        tried = self.forward.clipper.replayable
+        if self.place not in tried:
+            found = self._tried(slots)
+            if found is None:
+                return False
+            tried[self.place] = found
+            if not found:
                 warnings.warn(
                     "a checkpointed part of the model does not do the same when it runs again for its clipped sums: its rows "
                     "are kept until the backward ends, which takes the memory that checkpointing saves. Let it depend on its "
                     "arguments and torch's generators alone, and give back one tensor with a gradient",
                     stacklevel=2,
                 )
-        return tried[key]
+        return tried[self.place]
 
-    def _gives(self, slots: dict[Slot, list[Entry]]) -> bool:
+    def _tried(self, slots: dict[Slot, list[Entry]]) -> bool | None:
+        """None where nothing can be said: its rows are zero or not finite, or memory ended."""
+        self.measure(slots)
+        total = self._mass()
+        if not bool(total.isfinite().all()) or not bool(total.any()):
+            return None
         try:
-            found = self._run_again(slots)
+            found = self.measure_again(self._again())
+        except (MemoryError, torch.OutOfMemoryError):
+            return None
         except Exception:  # whatever the model's code raises where it finds other surroundings
             return False
-        with torch.no_grad():
-            return found.keys() == slots.keys() and all(
-                len(found[slot]) == len(slots[slot]) and all(map(_alike, slots[slot], found[slot])) for slot in slots
-            )
+        first, second = (_sum(of for _, of in measures) for measures in (list(self.measures.items()), found))
+        return bool(self.same) and bool(_within(first, second).all())
 
     def measure(self, slots: dict[Slot, list[Entry]]) -> None:
         """Keep of these entries what a unit has in them."""
         tape.check_memory(entry for entries in slots.values() for entry in entries)
         self._slots = set(slots)
         with exactly(next(iter(slots))[0].device):
+            self._sketches = {slot: sketch(entries) for slot, entries in slots.items()}
             self.measures = dict(tape.measures(tape.separate(slots)))
 
     def again(self) -> dict[Slot, list[Entry]]:
         """The entries once more, under the slots of ``measures``."""
-        found = self._run_again(self._slots)
+        found = self._again()
         self.release()
+        return found
+
+    def _again(self) -> dict[Slot, list[Entry]]:
+        found = self._run_again(self._slots)
         if found.keys() != self._slots:
             raise RuntimeError(_DIFFERS)
         with exactly(next(iter(found))[0].device):
+            mass = self._mass()
+            away = torch.zeros_like(mass)
+            for slot, entries in found.items():
+                away += (sketch(entries) - self._sketches[slot]).square().to(mass.device)
+            counts = mass.isfinite()  # of others nothing is added
+            self.same = torch.where(counts, away, 0).sum() <= _TURNED * torch.where(counts, mass, 0).sum()
             return tape.separate(found)
+
+    def _mass(self) -> Tensor:
+        """fp64 ``[U]``: squared norms of what was measured."""
+        return _sum(self.measures.values()).square
 
     def _run_again(self, slots: Collection[Slot]) -> dict[Slot, list[Entry]]:
         """What is entered under these slots."""
@@ -219,8 +244,8 @@ class Part:
 
 _DIFFERS = (
     "a checkpointed part of the model did not do the same when it ran again, so that its rows were not those that had been "
-    "measured; nothing was added. Let it depend on its arguments and torch's own generators alone, and do not set "
-    "preserve_rng_state=False for a model that draws"
+    "measured; nothing was added, and its rows are kept from now on. Let it depend on its arguments and torch's own generators "
+    "alone, and do not set preserve_rng_state=False for a model that draws"
 )
 
 
@@ -232,31 +257,56 @@ def _ends(out: Any) -> list[Tensor]:
     return [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
 
 
-def _alike(x: Entry, y: Entry) -> bool:
-    """Whether entries hold the same rows, but for the order in which they were added up."""
-    if type(x) is not type(y):
-        return False
-    pairs = [(getattr(x, f.name), getattr(y, f.name)) for f in fields(x)]
-    return all(_near(a, b) for a, b in pairs if isinstance(a, Tensor))
+def _sum(found: Iterable[Measure]) -> Measure:
+    """Of slots, on the first one's device."""
+    first, *others = found
+    for of in others:
+        device = first.square.device
+        first = first.plus(Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)), 1)
+    return first
 
 
-def _near(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    finite = x.isfinite()
-    away = torch.where(finite, x - y, 0).norm() <= _ALIKE * torch.where(finite, x, 0).norm()
-    return bool(away) and torch.equal(finite, y.isfinite())
-
-
-def check_same(first: Measure, second: Measure, factors: Tensor) -> None:
-    """Raises RuntimeError unless units have in the second run what they had in the first. All ``[K, U]``; factors: theirs."""
-    near = torch.ones_like(factors, dtype=torch.bool)
+def _within(first: Measure, second: Measure) -> Tensor:
+    """bool: where the second lies within ``SLACK`` of the first."""
+    near = torch.ones_like(first.square, dtype=torch.bool)
     for then, now in ((first.square, second.square), (first.bound, second.bound), (first.spread, second.spread)):
         near &= (now <= then * (1 + SLACK)) & (now >= then * (1 - SLACK))
-    if not bool((near | (factors == 0)).all()):  # of those with factor 0 nothing was added
-        raise RuntimeError(_DIFFERS)
+    return near
+
+
+def replay(
+    done: BackwardPass,
+    add: Callable[[dict[Slot, list[Entry]]], None],
+    in_groups: Callable[[list[tuple[Slot, Measure]]], Measure],
+) -> None:
+    """Form what was measured and dropped again, one part after the other.
+
+    add: to the sum. in_groups: ``[K, U]`` from measures of slots. Raises RuntimeError unless all of it is what was measured;
+    then half a sum stands, and these parts keep their rows from now on.
+    """
+    parts, done.replayed = done.replayed, []
+    again: list[tuple[Slot, Measure]] = []
+    try:
+        for part in parts:
+            entries = part.again()
+            with exactly(done.device):
+                again += part.measure_again(entries)
+                add(entries)
+        if parts:
+            assert done.first is not None and done.factors is not None
+            within = _within(done.first, in_groups(again)) | (
+                done.factors == 0
+            )  # of those with factor 0 nothing was added
+            if not bool(within.all()) or not all(bool(part.same) for part in parts):
+                raise RuntimeError(_DIFFERS)
+    except Exception as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            for part in parts:
+                part.forward.clipper.replayable[part.place] = False
+        raise
+    finally:
+        for part in parts:
+            part.release()
 
 
 def settle(done: BackwardPass) -> None:
@@ -267,10 +317,11 @@ def settle(done: BackwardPass) -> None:
         if not slots:
             continue  # none has come yet
         done.pending.remove(part)
-        if _fit(slots, part.forward.trained) or not part.alike(slots):
+        if _fit(slots, part.forward.trained) or not part.replayable(slots):
             part.release()
             continue
-        part.measure(slots)
+        if not part.measures:
+            part.measure(slots)
         for slot in slots:
             del done.entries[slot]
         done.replayed.append(part)

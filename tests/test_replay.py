@@ -72,7 +72,7 @@ def short(monkeypatch):
 @pytest.fixture
 def trusted(monkeypatch):
     """As if each part had been tried and found alike."""
-    monkeypatch.setattr(replay.Part, "_gives", lambda part, slots: True)
+    monkeypatch.setattr(replay.Part, "_tried", lambda part, slots: True)
 
 
 KEPT = pytest.warns(UserWarning, match="its rows are kept")
@@ -429,6 +429,93 @@ def test_what_is_seen_is_replayed(short, how):
     assert torch.allclose(x.grad, y.grad, rtol=1e-5, atol=1e-5)  # once, not twice
 
 
+class Reversing(Model):
+    """Turns a block's gradient round from inside once it is told to, which a second run does twice."""
+
+    turned = True
+
+    def forward(self, x):
+        def run(y):
+            out = self.blocks[0](y)
+            if self.turned and out.requires_grad:
+                out.register_hook(lambda g: -g)
+            return out
+
+        return self.head(checkpoint(run, self.first(x), use_reentrant=False)).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("first", ["zero", "nan", "inf", "not yet"])
+def test_a_trial_that_says_nothing_is_no_trial(short, first):
+    model, twin = Reversing(1), Reversing(1)
+    fastclip.attach(model, C)
+    if first == "not yet":
+        model.turned = False
+        model(rows()).sum().backward()
+        assert len(short) == 1
+        model.turned = True
+        model.zero_grad()
+        with pytest.raises(RuntimeError, match="kept from now on"):
+            model(rows()).sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+    elif first == "nan":
+        model(rows() * float("nan")).sum().backward()
+    else:
+        (model(rows()).sum() * {"zero": 0.0, "inf": float("inf")}[first]).backward()
+    model.zero_grad()
+    with nullcontext() if first == "not yet" else KEPT:
+        model(rows()).sum().backward()
+    replay._SHARE = 1.0
+    fastclip.attach(twin, C)
+    twin(rows()).sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("by, keeps", [(1e-7, False), (1e-4, True)])
+def test_a_trial_refuses_what_the_replay_would(short, by, keeps):
+    """Noise in all gradients of a part: what is beyond the slack keeps its rows instead of being refused each time."""
+    generator, noise = torch.Generator().manual_seed(0), [0.0]  # none in the trial of the model
+
+    def run(block, x):
+        def noisy(y):
+            h = block.norm(y)
+            if h.requires_grad:
+                h.register_hook(lambda g: g * (1 + noise[0] * torch.randn(g.shape, generator=generator)))
+            h = block.wide(h)
+            if h.requires_grad:
+                h.register_hook(lambda g: g * (1 + noise[0] * torch.randn(g.shape, generator=generator)))
+            return y + block.narrow(torch.tanh(h))
+
+        return checkpoint(noisy, x, use_reentrant=False)
+
+    model = Model(run=run)
+    fastclip.attach(model, C)
+    model(rows())
+    noise[0] = by
+    with KEPT if keeps else nullcontext():
+        for _ in range(3):
+            model.zero_grad()
+            model(rows()).sum().backward()
+    assert len(short) == (0 if keeps else 9)
+
+
+def test_memory_that_ends_in_the_trial_says_nothing(short, monkeypatch):
+    original, failures = replay.Part._run_again, [torch.OutOfMemoryError("once")]
+
+    def run_again(part, slots):
+        if failures:
+            raise failures.pop()
+        return original(part, slots)
+
+    monkeypatch.setattr(replay.Part, "_run_again", run_again)
+    model = Model()
+    clipper = step(model, rows())
+    assert len(short) == 2 and clipper.replayable == {1: True, 2: True}
+    model.zero_grad()
+    model(rows()).sum().backward()
+    assert len(short) == 5
+
+
 class Shift(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -574,7 +661,12 @@ def test_not_finite(short):
     x[1, 2, 3] = float("nan")
     keep = [0, 2, 3, 4]
     wanted, _ = expected(model, x[keep])
-    clipper = step(model, x)
+    clipper = step(model, rows())
+    model.zero_grad()
+    short.clear()
+    with clipper.units(ids=range(5)):
+        losses = model(x)
+    losses.sum().backward()
     assert clipper.nonfinite_units == 1 and len(short) == 3
     oracle.assert_gradients(oracle.collect(model), wanted)
 
