@@ -294,9 +294,8 @@ def replay(
                 add(entries)
         if parts:
             assert done.first is not None and done.factors is not None
-            within = _within(done.first, in_groups(again)) | (
-                done.factors == 0
-            )  # of those with factor 0 nothing was added
+            counts = done.factors != 0  # of the others nothing was added
+            within = _within(done.first, in_groups(again)) | ~counts
             if not bool(within.all()) or not all(bool(part.same) for part in parts):
                 raise RuntimeError(_DIFFERS)
     except Exception as error:

@@ -69,3 +69,28 @@ def trainers_of_their_own() -> Iterator[None]:
     os.environ.update(before)
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As where no memory is left for rows; the numbers of checkpointed parts that were replayed."""
+    from fastclip import replay
+
+    found: list[int] = []
+    original = replay.Part.again
+
+    def again(part: Any) -> Any:
+        found.append(part.number)
+        return original(part)
+
+    monkeypatch.setattr(replay, "_SHARE", 0.0)
+    monkeypatch.setattr(replay.Part, "again", again)
+    return found
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each checkpointed part had been tried and found alike."""
+    from fastclip import replay
+
+    monkeypatch.setattr(replay.Part, "_tried", lambda part, slots: True)
