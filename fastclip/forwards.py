@@ -23,6 +23,7 @@ class Forwards:
         self.name = new_name(self)
         self.last: Forward | None = None
         self._begun: WeakSet[Forward] = WeakSet()
+        self._lock = threading.Lock()  # of that set: several threads may run the model
         self._local = threading.local()
 
     @property
@@ -35,7 +36,8 @@ class Forwards:
     def begin(self, forward: Forward) -> None:
         lead(self.name, forward)
         self.last = forward
-        self._begun.add(forward)
+        with self._lock:
+            self._begun.add(forward)
         self.running.append(forward)
 
     def end(self, forward: Forward) -> None:
@@ -73,7 +75,8 @@ class Forwards:
 
     def others_wait(self, forward: Forward) -> bool:
         """Whether there are others whose backward may come together with this one's."""
-        return any(f is not forward and not f.finished for f in self._begun)
+        with self._lock:
+            return any(f is not forward and not f.finished for f in self._begun)
 
     def note(self, params: Callable[[], Iterable[Tensor]]) -> None:
         """What gives the parameters of a layer that is called for the first time."""

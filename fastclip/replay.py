@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _SHARE = 1 / 4  # of the memory that is free beside the gradients to come: what one part's rows may take
 SLACK = 2.0**-18
 _TURNED = 2.0**-8  # of the squared norms: how far signed numbers may be apart
-_numbers = itertools.count(1)
+_numbers = itertools.count(1)  # of all forwards: a part of one may call layers of another
 
 
 @contextmanager
@@ -261,8 +261,7 @@ def _sum(found: Iterable[Measure]) -> Measure:
     """Of slots, on the first one's device."""
     first, *others = found
     for of in others:
-        device = first.square.device
-        first = first.plus(Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)), 1)
+        first = first.plus(of.to(first.square.device), 1)
     return first
 
 

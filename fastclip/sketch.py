@@ -25,7 +25,9 @@ def sketch(entries: Sequence[Entry]) -> Tensor:
 
 def _of(entry: Entry) -> Tensor:
     if isinstance(entry, PerUnit):
-        grads = entry.grads.reshape(entry.grads.shape[0], -1, entry.grads.shape[-1] if entry.grads.dim() > 2 else 1)
+        units, *shape = entry.grads.shape
+        columns = shape[-1] if len(shape) > 1 else 1
+        grads = entry.grads.reshape(units, math.prod(shape) // columns, columns)  # of an empty batch too
         return _along(grads) @ _weights(torch.arange(grads.shape[1], device=grads.device))
     if isinstance(entry, LinearRows):
         rows = _along(entry.a) * _along(entry.g)

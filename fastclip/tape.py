@@ -307,6 +307,9 @@ class Measure:
     bound: Tensor
     spread: Tensor
 
+    def to(self, device: torch.device) -> Measure:
+        return Measure(self.square.to(device), self.bound.to(device), self.spread.to(device))
+
     def plus(self, other: Measure, times: float) -> Measure:
         """Of what has both, the other one so many times."""
         return Measure(
@@ -329,7 +332,7 @@ def together(
     groups, moved = [0], [Measure(*torch.zeros(3, shape[1], dtype=torch.float64, device=device))]
     for (p, _, _), of in found:
         groups.append(group_of[p])
-        moved.append(Measure(of.square.to(device), of.bound.to(device), of.spread.to(device)))
+        moved.append(of.to(device))
     return in_groups(moved, groups, shape[0])
 
 

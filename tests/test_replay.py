@@ -331,6 +331,22 @@ def test_not_finite(short):
     oracle.assert_gradients(oracle.collect(model), wanted)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_batch(short, monkeypatch, first):
+    """Also where the gradients to come are more than all that is free."""
+    monkeypatch.setattr(replay, "free_memory", lambda device: 0.0)
+    monkeypatch.setattr(replay, "_SHARE", 1.0)
+    model = Model()
+    clipper = fastclip.attach(model, C)
+    model(rows()).sum().backward()
+    assert len(short) == 3
+    if first:
+        clipper.replayable.clear()
+    model.zero_grad()
+    model(rows()[:0]).sum().backward()
+    assert not oracle.norm(oracle.collect(model))
+
+
 def test_the_inputs_gradient_alone_replays_nothing(short):
     model, x = Model(), rows().requires_grad_()
     wanted, _ = expected(model, x.detach())

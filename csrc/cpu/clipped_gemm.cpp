@@ -1,8 +1,9 @@
 // clipped_gemm: out (+)= sum_u factors[u] g_u^T a_u.
 //
 // a: [N, d], g: [N, p], offsets: [U + 1], factors: [U], out: fp32 or fp64 [p, d]. The factor multiplies rows in out's dtype,
-// while they are packed or, for the BLAS, in one copy of the narrower side, or sums of products of bf16; each slice of out is one product of its own, on one thread, so that the
-// number of threads shows nowhere. Rows of factor 0 are left out, so that their inf and NaN stay with them.
+// while they are packed or, for the BLAS, in one copy of the narrower side, or sums of products of bf16; each slice of out is one
+// product of its own, on one thread, so that the number of threads shows nowhere. Rows of factor 0 are left out, so that their
+// inf and NaN stay with them.
 #include "clipped_tiles.h"
 #include "gemm.h"
 #include "rows.h"
