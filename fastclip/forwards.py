@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
@@ -22,8 +22,7 @@ class Forwards:
     def __init__(self) -> None:
         self.name = new_name(self)
         self.last: Forward | None = None
-        self._begun: WeakSet[Forward] = WeakSet()
-        self._lock = threading.Lock()  # of that set: several threads may run the model
+        self._begun: WeakValueDictionary[int, Forward] = WeakValueDictionary()
         self._local = threading.local()
 
     @property
@@ -36,8 +35,7 @@ class Forwards:
     def begin(self, forward: Forward) -> None:
         lead(self.name, forward)
         self.last = forward
-        with self._lock:
-            self._begun.add(forward)
+        self._begun[id(forward)] = forward
         self.running.append(forward)
 
     def end(self, forward: Forward) -> None:
@@ -75,8 +73,8 @@ class Forwards:
 
     def others_wait(self, forward: Forward) -> bool:
         """Whether there are others whose backward may come together with this one's."""
-        with self._lock:
-            return any(f is not forward and not f.finished for f in self._begun)
+        begun = [reference() for reference in self._begun.valuerefs()]  # a copy: other threads may begin theirs
+        return any(f is not None and f is not forward and not f.finished for f in begun)
 
     def note(self, params: Callable[[], Iterable[Tensor]]) -> None:
         """What gives the parameters of a layer that is called for the first time."""
