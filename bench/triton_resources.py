@@ -6,6 +6,7 @@ tests/test_triton_build.py compares; ``--out PATH`` writes elsewhere, ``--only W
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -73,6 +74,16 @@ def usage(cubins):
     return found
 
 
+def digest():
+    """Of the kernels' sources: a table of others is out of date."""
+    import fastclip.kernels
+
+    found = hashlib.sha256()
+    for path in sorted(Path(fastclip.kernels.__path__[0]).glob("*.py")):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def resources(kernel, folder):
     path = Path(folder) / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
@@ -101,7 +112,7 @@ def main():
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels do not compile; unset it")
     import triton
 
-    table = {"triton": triton.__version__, **{f"sm_{c}": {} for c in CAPABILITIES}}
+    table = {"triton": triton.__version__, "kernels": digest(), **{f"sm_{c}": {} for c in CAPABILITIES}}
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TRITON_CACHE_DIR", folder)
         for signature in signatures():

@@ -16,6 +16,7 @@ def bench(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
+@pytest.mark.slow
 def test_a_row_of_whole_steps(tmp_path):
     output = tmp_path / "steps.json"
     row = "llama:2x8:fp32"

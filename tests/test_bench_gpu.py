@@ -44,6 +44,7 @@ def dry_run(tmp_path_factory):
     return run.stdout, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_everything_and_is_marked(dry_run):
     output, results = dry_run
     assert results["dry_run"] is True and results["machine"]["gpu"] == "dry run"
@@ -58,6 +59,7 @@ def test_a_dry_run_measures_everything_and_is_marked(dry_run):
     assert "FAILED" not in output
 
 
+@pytest.mark.slow
 def test_results_of_a_dry_run_are_refused(dry_run, tmp_path):
     tmp_path.joinpath("dry-run.json").write_text(json.dumps(dry_run[1]))
     with pytest.raises(ValueError, match="dry run"):
@@ -81,6 +83,7 @@ def test_tables_say_not_measured_and_name_every_model_and_kernel():
     assert set(report.KERNELS) == {kernel.op for kernel in module("gpu_kernels").KERNELS.values()}
 
 
+@pytest.mark.slow
 def test_tables_show_what_was_measured(dry_run):
     report, results = module("gpu_report"), copy.deepcopy(dry_run[1])
     items = results["sections"]["steps"]["items"]["GPT-2 124M, T 1024"]

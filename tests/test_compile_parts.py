@@ -75,8 +75,11 @@ def built(name: str) -> tuple[nn.Module, oracle.Batch, object]:
     return model, {"x": x}, losses
 
 
-@pytest.mark.parametrize("level", ["example", "user"])
-@pytest.mark.parametrize("name", parts())
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [(name, "example") for name in parts()]
+    + [pytest.param(name, "user", marks=[] if name == "lstm" else [pytest.mark.slow]) for name in parts()],
+)
 def test_recurrent_layers_and_attention(name: str, level: str) -> None:
     compiled_family(Family(name, lambda: built(name), frozenset()), level, with_poison)
     assert counters["stats"]["unique_graphs"] == 1
@@ -88,7 +91,24 @@ def test_inductor() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", [name for name in dora.CASES if name != "images"])
+SLOW_DORA = {
+    "roberta",
+    "llama_dropout_base_trains",
+    "gpt2_dropout_base_trains",
+    "gpt2_dropout",
+    "llama_dropout",
+    "llama",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_DORA else [])
+        for name in dora.CASES
+        if name != "images"
+    ],
+)
 def test_dora(name: str) -> None:
     """In one graph where the base layer is frozen, or another adapter's layer breaks it; exact anyway."""
     compiled_family(Family(name, dora.CASES[name], frozenset()), "example", with_poison)

@@ -452,30 +452,36 @@ def test_bad_arguments(argument, value):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-PRECISION = {
-    "older name": "torch.set_float32_matmul_precision('medium')",
-    "CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
-    "CUDA": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-    "everything": "torch.backends.fp32_precision = 'tf32'",
-}
+PRECISION = [
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+]
 
 
-@pytest.mark.parametrize("setting", PRECISION)
-def test_sums_are_fp32_whatever_precision_the_model_runs_in(setting):
-    """In a process of its own: the settings are global. Large enough products for torch to take the narrow path."""
+def test_sums_are_fp32_whatever_precision_the_model_runs_in():
+    """In a process for each: the settings are global. Large enough products for torch to take the narrow path."""
     script = f"""
-import torch, fastclip
-torch.manual_seed(0)
-{PRECISION[setting]}
-kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-before = [kind.fp32_precision for kind in kinds]
-model = torch.nn.Linear(512, 512)
-fastclip.attach(model, max_grad_norm=1e6)
-x, weight = torch.randn(1024, 512), torch.randn(1024, 512)
-(model(x) * weight).sum(1).sum().backward()
-exact = weight.double().T @ x.double()
-assert ((model.weight.grad - exact).norm() / exact.norm()) < 1e-6
-assert [kind.fp32_precision for kind in kinds] == before
+import os, torch, fastclip
+def check(setting):
+    torch.manual_seed(0)
+    exec(setting)
+    kinds = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    model = torch.nn.Linear(512, 512)
+    fastclip.attach(model, max_grad_norm=1e6)
+    x, weight = torch.randn(1024, 512), torch.randn(1024, 512)
+    (model(x) * weight).sum(1).sum().backward()
+    exact = weight.double().T @ x.double()
+    assert ((model.weight.grad - exact).norm() / exact.norm()) < 1e-6, setting
+    assert [kind.fp32_precision for kind in kinds] == before, setting
+for setting in {PRECISION}:
+    child = os.fork()
+    if not child:
+        check(setting)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

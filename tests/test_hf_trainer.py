@@ -112,7 +112,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's own while it compiles
-@pytest.mark.parametrize("lora_too", [False, True])
+@pytest.mark.parametrize("lora_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_model_changes_nothing(tmp_path, lora_too):
     counters.clear()
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers how the process' first Trainer compiled

@@ -40,7 +40,7 @@ def at_thousand(epsilon, share=None):
     return compare(EQUAL, 1024, 500, float(epsilon), 1e-6, share)
 
 
-@pytest.mark.parametrize("epsilon", [1, 8])
+@pytest.mark.parametrize("epsilon", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_calibration_and_predictions_at_known_settings(epsilon):
     found = at_thousand(epsilon)
     assert [x.examples_per_user for x in found.els] == [x.examples_per_user for x in found.uls] == [1, 2, 4, 8, 16]
@@ -117,9 +117,9 @@ def test_sampling_error_is_that_of_draws():
 @pytest.mark.parametrize(
     ("epsilon", "share", "algorithm", "size"),
     [
-        (1, 0.0, "ULS", 16),
-        (1, 0.5, "ULS", 4),
-        (1, 1.0, "ELS", 16),
+        pytest.param(1, 0.0, "ULS", 16, marks=pytest.mark.slow),
+        pytest.param(1, 0.5, "ULS", 4, marks=pytest.mark.slow),
+        pytest.param(1, 1.0, "ELS", 16, marks=pytest.mark.slow),
         (8, 0.1, "ULS", 2),
         (8, 0.5, "ELS", 16),
         (8, 1.0, "ELS", 16),

@@ -50,9 +50,18 @@ def test_per_example_gradients(case: Family, reduction: str) -> None:
     oracle.assert_gradients(oracle.collect(model), plain)
 
 
-@every_family
+IN_PLACE = ("roberta_classifier", "lora_gpt2", "gpt2_padded", "t5", "llama_checkpoint_reentrant")  # else as if wrapped
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("wrap_model", [True, False], ids=["wrapped", "in place"])
+@pytest.mark.parametrize(
+    ("case", "wrap_model"),
+    [pytest.param(case, True, id=f"wrapped-{name}") for name, case in FAMILIES.items()]
+    + [
+        pytest.param(case, False, id=f"in place-{name}", marks=[] if name in IN_PLACE else [pytest.mark.slow])
+        for name, case in FAMILIES.items()
+    ],
+)
 def test_a_step_releases_the_clipped_mean(case: Family, mode: str, wrap_model: bool) -> None:
     units = exact_units(case)
     norm = oracle.pick_clipping_norm(oracle.norms(units))
