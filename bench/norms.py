@@ -1,6 +1,6 @@
 """The compiled norms beside their plain fp32 formulation in torch, the sgemm rate and the copy bandwidth of the same run.
 
-    python bench/norms.py [--rounds 5]
+    python bench/norms.py [--rounds 6]
 
 linear_norm over lengths T and layers of GPT-2, RoBERTa-large, LoRA and an output head, about 1024 rows in units of one length;
 embedding_norm and affine_norm over 8192 rows; clipped sums and norms in bf16; cross-entropy of 512 rows of logits. Interleaved
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from step import machine
+from turns import in_turn
 
 from fastclip import ops, reference
 
@@ -38,7 +39,7 @@ ROWS = 1024
 
 
 def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of one run each, interleaved; a sample repeats what is short until it takes some milliseconds."""
+    """Seconds of one run each, in turn; a sample repeats what is short until it takes some milliseconds."""
     repeats = {}
     for name, run in runs.items():
         run()  # the first one allocates
@@ -46,8 +47,8 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
         run()
         repeats[name] = max(1, int(SAMPLE / (time.perf_counter() - started)))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
+    for number in range(rounds):
+        for name, run in in_turn(list(runs.items()), number):
             started = time.perf_counter()
             for _ in range(repeats[name]):
                 run()
@@ -71,7 +72,7 @@ def linear(name: str, length: int, rounds: int) -> dict[str, object]:
     square = torch.randn(1024, 1024)
     seconds = medians(
         {
-            "compiled": lambda: ops.linear_norm_parts(a, g, offsets),
+            "compiled": lambda: ops.linear_norms(a, [g], offsets),  # as a backward calls it
             "plain": lambda: plain(a, g, units),
             "sgemm": lambda: square @ square,
         },
@@ -145,7 +146,7 @@ def logits(rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     rounds = parser.parse_args().rounds
     result: dict[str, object] = {"machine": machine(), "rowwise": rowwise(rounds)}
     result |= {"halves": halves(rounds), "logits": logits(rounds)}

@@ -8,6 +8,7 @@ device.
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastclip import reference, reference_head
 
@@ -256,9 +256,8 @@ def _triton(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
 def check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
     if offsets.dim() != 1 or offsets.numel() == 0 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"offsets must be int32 of shape [U + 1], got {offsets.dtype} {list(offsets.shape)}")
-    given = [x for x in rows.values() if x is not None]
-    first = given[0]
-    if len({x.shape[:1] for x in given}) > 1:
+    first, *others = [x for x in rows.values() if x is not None]
+    if any(x.shape[:1] != first.shape[:1] for x in others):
         shapes = {name: list(x.shape) for name, x in rows.items() if x is not None}
         raise ValueError(f"all of {', '.join(shapes)} must have the same number of rows, got {shapes}")
     if first.is_cpu and not torch.compiler.is_compiling():
@@ -266,15 +265,16 @@ def check_rows(offsets: Tensor, **rows: Tensor | None) -> None:
 
 
 # Offsets that were found good: their version then, and the number of rows. One tensor serves every layer of a backward.
-_good_offsets: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_good_offsets: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}  # by id(): a tensor has no hash of its values
 
 
 def _check_offsets(offsets: Tensor, rows: int) -> None:
-    known = None if offsets.is_inference() else (offsets._version, rows)
-    if known is not None and _good_offsets.get(offsets) == known:
+    key, counted = id(offsets), not offsets.is_inference()
+    known = _good_offsets.get(key)
+    if counted and known is not None and known[0]() is offsets and known[1:] == (offsets._version, rows):
         return
     # Not through a list: thousands of units are common.
     if offsets[0] != 0 or offsets[-1] != rows or bool((offsets.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to the number of rows, {rows}; got {offsets[:8].tolist()}...")
-    if known is not None:
-        _good_offsets[offsets] = known
+    if counted:
+        _good_offsets[key] = weakref.ref(offsets, lambda _: _good_offsets.pop(key, None)), offsets._version, rows

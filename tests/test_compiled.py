@@ -92,6 +92,22 @@ def test_norms_of_every_block_size(dtype, route, widths):
         assert (products >= spreads).all() and (products <= spreads * (1 + 2e-5)).all()
 
 
+@pytest.mark.parametrize("narrow", [1, 2, 3, 4, 5, 6, 8, 11, 31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_where_one_side_is_narrow(dtype, narrow):
+    """As of LoRA: a unit takes one sum of up to 1024 rows, several, and blocks of 256 rows that are not full."""
+    for wide in (33, 290):
+        a, g, offsets = unit_rows([3, 0, 255, 700, 1025, 2100], wide, narrow, dtype)
+        a[3:13], g[3:13] = a[13:23], -g[13:23]
+        units = [slice(i, j) for i, j in itertools.pairwise(offsets.tolist())]
+        exact = torch.stack([(g[u].double().T @ a[u].double()).square().sum() for u in units])
+        spreads = torch.stack([(a[u].double().norm(dim=1) * g[u].double().norm(dim=1)).sum() for u in units])
+        for x, y in ((a, g), (g, a), (a.t().contiguous().t(), g)):
+            squares, products = ops.linear_norm_parts(x, y, offsets, "direct", backend="cpp")
+            torch.testing.assert_close(squares, exact, rtol=1e-5, atol=0)
+            assert (products >= spreads).all() and (products <= spreads * (1 + 2e-5)).all()
+
+
 def test_one_row_and_one_column_may_have_any_stride(capfd):
     row = torch.randn(30).as_strided((1, 30), (1, 1))
     column = torch.randn(300).as_strided((10, 1), (30, 7))
@@ -231,7 +247,7 @@ def assert_between(parts, exact, length):
 
 
 @pytest.mark.parametrize("route", ["gram", "direct"])
-@pytest.mark.parametrize("shape", [(48, 24, 16), (300, 8, 40)])
+@pytest.mark.parametrize("shape", [(48, 24, 16), (300, 8, 40), (1100, 33, 5)])
 def test_searched_for_rows_are_not_underestimated(route, shape):
     """Rows are changed at random, and what brings the computed norm further below the exact one is kept."""
     length, d, p = shape

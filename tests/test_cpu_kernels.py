@@ -265,7 +265,8 @@ def test_the_number_of_threads_shows_nowhere():
 
 
 @pytest.mark.parametrize(
-    ("d", "p", "lengths"), [(511, 63, [1024]), (512, 64, [1024, 1024]), (32, 257, [300, 5]), (768, 768, [128] * 4)]
+    ("d", "p", "lengths"),
+    [(511, 63, [1024]), (512, 64, [1024, 1024]), (32, 257, [300, 5]), (768, 8, [1100, 300]), (768, 768, [128] * 4)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_number_of_threads_shows_in_no_product(d, p, lengths, dtype):

@@ -46,8 +46,15 @@ FASTCLIP_INLINE f32x16 load16(const X* x) {
 }
 
 // The first n < 16 of them, and zeros.
-template <class X>
+template <class Set, class X>
 FASTCLIP_INLINE f32x16 load_some(const X* x, int64_t n) {
+#if defined(__x86_64__)
+  if constexpr (Set::value == Capability::kAvx512 && std::is_same_v<X, float>) {
+    f32x16 out;
+    asm("vmovups (%1), %0%{%2%}%{z%}" : "=v"(out) : "r"(x), "Yk"(static_cast<uint16_t>((1 << n) - 1)) : "memory");
+    return out;
+  }
+#endif
   float some[16];
   for (int64_t l = 0; l < 16; ++l) some[l] = l < n ? static_cast<float>(x[l]) : 0.0f;
   return load16(some);
@@ -109,7 +116,7 @@ FASTCLIP_INLINE double square_near(const X* x, int64_t n) {
         sums[0] += part * part;
       }
       if (c < end) {
-        const f32x16 part = load_some(x + c, end - c);
+        const f32x16 part = load_some<Set>(x + c, end - c);
         sums[1] += part * part;
       }
       found += total((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -157,7 +164,7 @@ FASTCLIP_INLINE void dots(const float* const* x, const float* const* y, int64_t 
   };
   int64_t c = 0;
   for (; c + 16 <= n; c += 16) add([&](const float* row) FASTCLIP_LAMBDA { return load16(row + c); });
-  if (c < n) add([&](const float* row) FASTCLIP_LAMBDA { return load_some(row + c, n - c); });
+  if (c < n) add([&](const float* row) FASTCLIP_LAMBDA { return load_some<Set>(row + c, n - c); });
   const f32x16 sums = lane_sums(lanes);
   std::memcpy(out, &sums, sizeof sums);
 }

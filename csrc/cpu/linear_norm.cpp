@@ -230,7 +230,7 @@ class Norms {
       if (!few) pass(float{}, false);
       for (int64_t u : units) {
         // |W_u| itself is off by no more than `off`; its square by twice that, and half of it again, of it.
-        const int64_t rows = few ? narrow::kBlockRows : slice_rows(length(u)) + kSliceGroup;
+        const int64_t rows = slice_rows(length(u)) + kSliceGroup;
         const double off = (std::min(rows, length(u) + kSliceGroup) + 2) * kRoundoff32 * job.spreads[u];
         job.again[u] = !nothing(job, u) && !enough(job, u, length(u), 2 * off * std::sqrt(job.squares[u]) + off * off);
         if (nothing(job, u)) job.squares[u] = 0;
@@ -259,7 +259,8 @@ class Norms {
         for (int64_t c = 0; c < wide.columns; c += step) list.push_back({u, c, std::min(c + step, wide.columns)});
       const auto parts = over(list, [&](const Slice& here, Scratch& s, double* to) {
         const int64_t start = bounds[here.unit], stop = bounds[here.unit + 1];
-        to[k] = narrow::square(few, wide, start, stop, here.first, here.last, s.narrow, &squares[here.first / step * rows]);
+        double* own = &squares[here.first / step * rows];
+        to[k] = narrow::square(few, wide, start, stop, here.first, here.last, slice_rows(stop - start), s.narrow, own);
         if (here.first == 0) row_norms(few, start, stop, few_norms.data());
       });
       add(list, parts);

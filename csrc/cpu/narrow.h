@@ -1,6 +1,8 @@
 // W_u where one of a and g has few columns (LoRA): the other is read once, for W_u and for the norms of its rows.
 #pragma once
 
+#include <array>
+
 #include "gemm_packed.h"
 #include "lanes.h"
 #include "rows.h"
@@ -8,16 +10,17 @@
 namespace fastclip::narrow {
 
 constexpr int64_t kMost = 32;                       // columns of the narrow side
-constexpr int64_t kTogether = 8, kBlockRows = 256;  // rows at a time; of a sum in fp32
+constexpr int64_t kTogether = 8, kBlockRows = 256;  // of those columns, and rows, at a time
 constexpr int64_t kElements = 3072;                 // of W_u that stay in the first cache
+constexpr int64_t kAhead = 8;                       // rows
 
 inline bool faster() { return capability() == Capability::kAvx512; }
 
 // Columns of the wide side that one task takes.
-inline int64_t columns_of(int64_t narrow) { return std::max<int64_t>(64, kElements / narrow / 64 * 64); }
+inline int64_t columns_of(int64_t narrow) { return std::max<int64_t>(96, kElements / narrow / 96 * 96); }
 
 struct Scratch {
-  Buffer<float> product, few;
+  Buffer<float> product, few, lanes;
   Buffer<double> sums;
 };
 
@@ -33,87 +36,93 @@ FASTCLIP_KERNEL __m512 some(const X* x, __mmask16 here) {
   }
 }
 
-// product [count, 32 of columns] += few[:, :count]^T x: chains of additions side by side.
-template <int rows, int count>
-FASTCLIP_KERNEL void add_columns(const float* few, int64_t p, const __m512 (&x)[rows][2], __mmask16 low, __mmask16 high,
-                                 int64_t columns, float* product) {
-  __m512 to[count][2];
-  for (int i = 0; i < count; ++i) {
-    to[i][0] = _mm512_maskz_loadu_ps(low, product + i * columns);
-    to[i][1] = _mm512_maskz_loadu_ps(high, product + i * columns + 16);
-  }
+// product [count, 16 strips of columns] (+)= few[:, :count]^T x over n rows, in registers down the rows, each sum in fp32 and in
+// their order. few: [n, p]. lanes [n, 16], if any: what squares of x add up to; rows are then asked for ahead of time.
+template <int count, int strips, class X>
+FASTCLIP_KERNEL void strip(const float* few, int64_t p, const X* x, int64_t stride, int64_t n, int64_t columns, bool accumulate,
+                           float* product, int64_t width, float* lanes) {
+  __mmask16 here[strips];
+  __m512 sums[count][strips];
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
+  for (int v = 0; v < strips; ++v) {
+    const int64_t left = columns - 16 * v;
+    here[v] = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+      sums[i][v] = accumulate ? _mm512_maskz_loadu_ps(here[v], product + i * width + 16 * v) : _mm512_setzero_ps();
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    const X* row = x + t * stride;
+    __m512 part[strips];
+#pragma GCC unroll 8
+    for (int v = 0; v < strips; ++v) part[v] = some(row + 16 * v, here[v]);
+    if (lanes) {
+      __m512 squares = _mm512_loadu_ps(lanes + 16 * t);
+#pragma GCC unroll 8
+      for (int v = 0; v < strips; ++v) {
+        squares = _mm512_fmadd_ps(part[v], part[v], squares);
+        _mm_prefetch(reinterpret_cast<const char*>(row + kAhead * stride + 16 * v), _MM_HINT_T0);
+      }
+      _mm512_storeu_ps(lanes + 16 * t, squares);
+    }
+#pragma GCC unroll 8
     for (int i = 0; i < count; ++i) {
-      const __m512 value = _mm512_set1_ps(few[r * p + i]);
-      to[i][0] = _mm512_fmadd_ps(value, x[r][0], to[i][0]);
-      to[i][1] = _mm512_fmadd_ps(value, x[r][1], to[i][1]);
-    }
-  for (int i = 0; i < count; ++i) {
-    _mm512_mask_storeu_ps(product + i * columns, low, to[i][0]);
-    _mm512_mask_storeu_ps(product + i * columns + 16, high, to[i][1]);
-  }
-}
-
-// product [p, columns] += sum over rows of few[t] (x) wide[t, :columns]; squares[t] += |wide[t, :columns]|^2, in fp32 over one call.
-// few: [rows, p]. The rows that follow are asked for ahead of time.
-template <int rows, class X>
-FASTCLIP_KERNEL void add_rows(const float* few, int64_t p, const X* wide, int64_t stride, int64_t columns, float* product,
-                              double* squares) {
-  __m512 sums[rows];
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
-  for (int64_t c = 0; c < columns; c += 32) {
-    const uint32_t here = columns - c >= 32 ? ~0u : (1u << (columns - c)) - 1;
-    const __mmask16 low = here, high = here >> 16;
-    __m512 x[rows][2];
+      const __m512 value = _mm512_set1_ps(few[t * p + i]);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const X* from = wide + r * stride + c;
-      x[r][0] = some(from, low), x[r][1] = some(from + 16, high);
-      for (size_t line = 0; line < 32 * sizeof(X); line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(from + rows * stride) + line, _MM_HINT_T0);
-      sums[r] = _mm512_fmadd_ps(x[r][0], x[r][0], sums[r]);
-      sums[r] = _mm512_fmadd_ps(x[r][1], x[r][1], sums[r]);
+      for (int v = 0; v < strips; ++v) sums[i][v] = _mm512_fmadd_ps(value, part[v], sums[i][v]);
     }
-    int64_t q = 0;
-    for (; q + 2 <= p; q += 2) add_columns<rows, 2>(few + q, p, x, low, high, columns, product + q * columns + c);
-    if (q < p) add_columns<rows, 1>(few + q, p, x, low, high, columns, product + q * columns + c);
   }
-  for (int r = 0; r < rows; ++r) squares[r] += _mm512_reduce_add_ps(sums[r]);
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < strips; ++v) _mm512_mask_storeu_ps(product + i * width + 16 * v, here[v], sums[i][v]);
 }
 
-// product [p, columns] over rows start:stop, no more than kBlockRows: each element in fp32, row by row.
+// All columns of `count` rows of product.
+template <int count, class X>
+FASTCLIP_AVX512 void strip_by_strip(const float* few, int64_t p, const X* x, int64_t stride, int64_t n, int64_t columns,
+                                    bool accumulate, float* product, float* lanes) {
+  constexpr int strips = count > 4 ? 3 : 6;  // so that sums take 24 registers at most
+  for (int64_t c = 0; c < columns; c += 16 * strips)
+    strip<count, strips>(few, p, x + c, stride, n, columns - c, accumulate, product + c, columns, lanes);
+}
+
+// product [p, columns] (+)= W_u's part of rows start:stop, no more than kBlockRows; squares[t] += |wide[t, first:first + columns]|^2.
 template <class X>
 FASTCLIP_AVX512 void add_block(const Rows<X>& few, const Rows<X>& wide, int64_t start, int64_t stop, int64_t first, int64_t columns,
-                               float* copy, float* product, double* squares) {
-  const int64_t p = few.columns;
-  std::fill(product, product + p * columns, 0.0f);
+                               bool accumulate, float* copy, float* lanes, float* product, double* squares) {
+  const int64_t p = few.columns, n = stop - start;
   for (int64_t t = start; t < stop; ++t)
     for (int64_t q = 0; q < p; ++q) copy[(t - start) * p + q] = static_cast<float>(few.row(t)[q]);
-  int64_t t = start;
-  for (; t + kTogether <= stop; t += kTogether)
-    add_rows<kTogether>(copy + (t - start) * p, p, wide.row(t) + first, wide.stride, columns, product, squares + t);
-  for (; t < stop; ++t) add_rows<1>(copy + (t - start) * p, p, wide.row(t) + first, wide.stride, columns, product, squares + t);
+  std::fill(lanes, lanes + 16 * n, 0.0f);
+  for (int64_t q = 0; q < p; q += kTogether) {
+    constexpr auto kinds = std::array{strip_by_strip<1, X>, strip_by_strip<2, X>, strip_by_strip<3, X>, strip_by_strip<4, X>,
+                                      strip_by_strip<5, X>, strip_by_strip<6, X>, strip_by_strip<7, X>, strip_by_strip<8, X>};
+    kinds[std::min(kTogether, p - q) - 1](copy + q, p, wide.row(start) + first, wide.stride, n, columns, accumulate,
+                                          product + q * columns, q == 0 ? lanes : nullptr);
+  }
+  for (int64_t t = 0; t < n; ++t) squares[start + t] += _mm512_reduce_add_ps(_mm512_loadu_ps(lanes + 16 * t));
 }
 #endif
 
 // |W_u|^2 for rows start:stop and columns first:last of the wide side. It adds |wide[t, first:last]|^2 to squares [N], off by a
-// relative (columns / 16 + 6) 2^-24. W_u: kBlockRows rows in fp32, such blocks in fp64.
+// relative (columns / 16 + 6) 2^-24. W_u: so many rows in fp32, a whole number of kBlockRows, and fp64 over such sums.
 template <class X>
-double square(const Rows<X>& few, const Rows<X>& wide, int64_t start, int64_t stop, int64_t first, int64_t last, Scratch& s,
-              double* squares) {
+double square(const Rows<X>& few, const Rows<X>& wide, int64_t start, int64_t stop, int64_t first, int64_t last, int64_t rows,
+              Scratch& s, double* squares) {
 #if defined(__x86_64__)
   const int64_t columns = last - first, size = few.columns * columns;
-  float *product = s.product.get(size), *copy = s.few.get(kBlockRows * few.columns);
-  const bool blocks = stop - start > kBlockRows;
-  double* sums = blocks ? s.sums.get(size) : nullptr;
-  if (blocks) std::fill(sums, sums + size, 0.0);
+  float *product = s.product.get(size), *copy = s.few.get(kBlockRows * few.columns), *lanes = s.lanes.get(16 * kBlockRows);
+  const bool several = stop - start > rows;
+  double* sums = several ? s.sums.get(size) : nullptr;
+  if (several) std::fill(sums, sums + size, 0.0);
   for (int64_t t = start; t < stop; t += kBlockRows) {
-    add_block(few, wide, t, std::min(t + kBlockRows, stop), first, columns, copy, product, squares);
-    if (blocks) best([&]() FASTCLIP_LAMBDA { add_to(sums, product, size); });
+    const int64_t end = std::min(t + kBlockRows, stop);
+    add_block(few, wide, t, end, first, columns, (t - start) % rows != 0, copy, lanes, product, squares);
+    if (several && (end == stop || (end - start) % rows == 0)) best([&]() FASTCLIP_LAMBDA { add_to(sums, product, size); });
   }
   return best([&](auto set) FASTCLIP_LAMBDA {
-    return blocks ? fastclip::square(sums, size) : square_near<8, decltype(set)>(product, size) * (1 + 16 * 0x1p-24);
+    return several ? fastclip::square(sums, size) : square_near<8, decltype(set)>(product, size) * (1 + 16 * 0x1p-24);
   });
 #else
   return 0;
