@@ -45,7 +45,7 @@ def test_no_more_than_one_part_is_held_at_a_time(short, monkeypatch):
         held.append({slot[0] for slot in done.entries})
         assert not done.pending
 
-    for place in (replay, fastclip.module):
+    for place in (replay, fastclip.clipped_sums):
         monkeypatch.setattr(place, "settle", settle)
     model = Model(4)
     model.blocks[2].requires_grad_(False)

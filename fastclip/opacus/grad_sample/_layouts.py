@@ -19,7 +19,7 @@ from fastclip import batch
 from fastclip.layout import Law
 from fastclip.layouts import Laws, Layouts
 from fastclip.routing import LayerRoute
-from fastclip.trial import CannotTry
+from fastclip.trial_runs import CannotTry
 from fastclip.units import PrivacyUnits
 
 
