@@ -3,8 +3,8 @@
     python bench/norms.py [--rounds 6]
 
 linear_norm over lengths T and layers of GPT-2, RoBERTa-large, LoRA and an output head, about 1024 rows in units of one length;
-embedding_norm and affine_norm over 8192 rows; clipped sums and norms in bf16; cross-entropy of 512 rows of logits. Interleaved
-rounds, medians; JSON to bench/results/norms_cpu.json.
+embedding_norm and affine_norm over 8192 rows; clipped sums and norms in bf16; cross-entropy of 512 rows of logits. Rounds
+in turn, medians; JSON to bench/results/norms_cpu.json.
 """
 
 from __future__ import annotations

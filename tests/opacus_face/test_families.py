@@ -50,7 +50,13 @@ def test_per_example_gradients(case: Family, reduction: str) -> None:
     oracle.assert_gradients(oracle.collect(model), plain)
 
 
-IN_PLACE = ("roberta_classifier", "lora_gpt2", "gpt2_padded", "t5", "llama_checkpoint_reentrant")  # else as if wrapped
+IN_PLACE = (
+    "roberta_classifier",
+    "lora_gpt2",
+    "gpt2_padded",
+    "t5",
+    "llama_checkpoint_reentrant",
+)  # the others are slow tests
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
