@@ -12,13 +12,14 @@ using torch::stable::Tensor;
 
 // Tiles [first, last) of a vector whose elements 0 to n - 1 stand `skip` elements after the first tile's start.
 template <class Set, class In, class Out>
-FASTCLIP_INLINE void body(Set set, const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t first, int64_t last) {
-  alignas(64) double z[kTile];
+FASTCLIP_INLINE void body(Set, const Noise& noise, const In* sum, Out* out, int64_t n, int64_t skip, int64_t first, int64_t last) {
+  Drawer<Set> drawer(noise);
+  alignas(64) Out noisy[kTile];
   for (int64_t tile = first; tile < last; ++tile) {
-    draw(set, noise, tile, z);
-    const int64_t start = tile * kTile - skip, stop = std::min(start + kTile, n);
-    for (int64_t i = std::max<int64_t>(start, 0); i < stop; ++i)
-      out[i] = round_once<Out>((static_cast<double>(sum[i]) + noise.std * z[i - start]) * noise.scale);
+    drawer.draw(tile);
+    const int64_t start = tile * kTile - skip, begin = std::max<int64_t>(start, 0), count = std::min(start + kTile, n) - begin;
+    drawer.noisy(begin - start, count, [&](int64_t i) FASTCLIP_LAMBDA { return static_cast<double>(sum[begin + i]); }, noisy);
+    std::copy_n(noisy, count, out + begin);  // out may be sum
   }
 }
 

@@ -15,22 +15,23 @@ FASTCLIP_INLINE void add(const Rows<T>& grads, const std::vector<double>& factor
   for (size_t u = 0; u < factors.size(); ++u) {
     if (factors[u] == 0) continue;
     const T* row = grads.row(u) + column;
-    for (int64_t c = 0; c < count; ++c) sums[c] += factors[u] * static_cast<double>(row[c]);
+    each(count, [&](int64_t c) FASTCLIP_LAMBDA { sums[c] += factors[u] * static_cast<double>(row[c]); });
   }
 }
 
 // Tiles [first, last): the sum of kTile columns, and noise where there is any.
 template <class Set, class T, class Out>
-FASTCLIP_INLINE void body(Set set, const Noise* noise, const Rows<T>& grads, const std::vector<double>& factors, Out* out, int64_t skip,
+FASTCLIP_INLINE void body(Set, const Noise* noise, const Rows<T>& grads, const std::vector<double>& factors, Out* out, int64_t skip,
                           int64_t first, int64_t last) {
-  alignas(64) double z[kTile], sums[kTile];
+  Drawer<Set> drawer(noise ? *noise : Noise{});
+  alignas(64) double sums[kTile];
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t begin = std::max<int64_t>(tile * kTile - skip, 0), stop = std::min((tile + 1) * kTile - skip, grads.columns);
     add(grads, factors, begin, stop - begin, sums);
     if (noise) {
-      draw(set, *noise, tile, z);
-      const double* own = z + (begin - (tile * kTile - skip));
-      for (int64_t i = begin; i < stop; ++i) out[i] = round_once<Out>(sums[i - begin] + noise->std * own[i - begin]);
+      drawer.draw(tile);
+      const int64_t own = begin - (tile * kTile - skip);
+      drawer.noisy(own, stop - begin, [&](int64_t i) FASTCLIP_LAMBDA { return sums[i]; }, out + begin);
     } else {
       for (int64_t i = begin; i < stop; ++i) out[i] = static_cast<Out>(static_cast<double>(out[i]) + sums[i - begin]);
     }

@@ -65,17 +65,48 @@ template <class Set>
 using MultiplyOf = Multiply;
 #endif
 
-// z[0:kTile] of the tile that starts at block `block + 16 * tile`.
-template <class Set>
-FASTCLIP_INLINE void draw(Set, const Noise& noise, int64_t tile, double* z) {
-  const uint64_t first = noise.block + 16 * tile;
-  const u32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const u32x16 low = lane + static_cast<uint32_t>(first);
-  const u32x16 carry = low < static_cast<uint32_t>(first) ? u32x16{} + 1 : u32x16{};
-  u32x16 words[16];
-  stream_words(noise.stream, low, carry + static_cast<uint32_t>(first >> 32), words, MultiplyOf<Set>{});
-  normals(words, z);
+// f(0) to f(n - 1), which do not touch each other's memory; n at most kTile, and most often that.
+template <class F>
+FASTCLIP_INLINE void each(int64_t n, const F& f) {
+  if (n == kTile) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < kTile; ++i) f(i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
 }
+
+// Tiles of one noise, one after the other: what their blocks share is laid out once.
+template <class Set>
+class Drawer {
+ public:
+  FASTCLIP_INLINE explicit Drawer(const Noise& noise) : noise_(noise) {
+    chacha20_state(noise.stream.key, noise.stream.nonce, start_);
+  }
+
+  // The normals of the tile that starts at block `block + 16 * tile`.
+  FASTCLIP_INLINE void draw(int64_t tile) {
+    const uint64_t first = noise_.block + 16 * tile;
+    const u32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const u32x16 low = lane + static_cast<uint32_t>(first);
+    const u32x16 carry = low < static_cast<uint32_t>(first) ? u32x16{} + 1 : u32x16{};
+    u32x16 words[16];
+    stream_words(noise_.stream, start_, low, carry + static_cast<uint32_t>(first >> 32), words, MultiplyOf<Set>{});
+    normals(words, z_);
+  }
+
+  // to[0:n] = round((sum(i) + std z) scale) with the tile's normals from `skip` on.
+  template <class Out, class F>
+  FASTCLIP_INLINE void noisy(int64_t skip, int64_t n, const F& sum, Out* to) const {
+    const double *z = z_ + skip, std = noise_.std, scale = noise_.scale;
+    each(n, [&](int64_t i) FASTCLIP_LAMBDA { to[i] = round_once<Out>((sum(i) + std * z[i]) * scale); });
+  }
+
+ private:
+  const Noise noise_;
+  u32x16 start_[16];
+  alignas(64) double z_[kTile];
+};
 
 inline Noise noise_of(const torch::stable::Tensor& key, int64_t nonce, int64_t block, int64_t skip, double std, double scale) {
   STD_TORCH_CHECK(key.scalar_type() == torch::headeronly::ScalarType::Byte && key.is_contiguous() && key.numel() == 32,

@@ -49,22 +49,18 @@ struct Momentum {
 };
 
 template <class Set, class Update>
-FASTCLIP_INLINE void body(Set set, const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip,
+FASTCLIP_INLINE void body(Set, const Noise& noise, const Update& by, float* param, float* grad, int64_t n, int64_t skip,
                           int64_t first, int64_t last) {
-  alignas(64) double z[kTile];
+  Drawer<Set> drawer(noise);
   alignas(64) float noisy[kTile];
   for (int64_t tile = first; tile < last; ++tile) {
-    draw(set, noise, tile, z);
-    const int64_t begin = std::max<int64_t>(tile * kTile - skip, 0), stop = std::min((tile + 1) * kTile - skip, n);
-    const double* own = z + (begin - (tile * kTile - skip));
-    for (int64_t i = begin; i < stop; ++i)
-      noisy[i - begin] = static_cast<float>((static_cast<double>(grad[i]) + noise.std * own[i - begin]) * noise.scale);
-    // Nothing overlaps (checked), which the compiler cannot know.
-#pragma GCC ivdep
-    for (int64_t i = begin; i < stop; ++i) {
-      grad[i] = noisy[i - begin];
-      param[i] = by.update(i, param[i], noisy[i - begin]);
-    }
+    drawer.draw(tile);
+    const int64_t start = tile * kTile - skip, begin = std::max<int64_t>(start, 0), count = std::min(start + kTile, n) - begin;
+    drawer.noisy(begin - start, count, [&](int64_t i) FASTCLIP_LAMBDA { return static_cast<double>(grad[begin + i]); }, noisy);
+    each(count, [&](int64_t i) FASTCLIP_LAMBDA {
+      grad[begin + i] = noisy[i];
+      param[begin + i] = by.update(begin + i, param[begin + i], noisy[i]);
+    });
   }
 }
 

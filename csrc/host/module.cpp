@@ -106,7 +106,9 @@ void discrete_gaussians(Words& out, uint64_t sigma, const py::bytes& key, uint64
         low[lane] = static_cast<uint32_t>(first + i + lane);
         high[lane] = static_cast<uint32_t>((first + i + lane) >> 32);
       }
-      stream_words(stream, low, high, halves);
+      u32x16 start[16];
+      chacha20_state(stream.key, stream.nonce, start);
+      stream_words(stream, start, low, high, halves);
     });
     for (uint64_t lane = 0; lane < 16 && i + lane < count; ++lane) {
       uint64_t own[8];

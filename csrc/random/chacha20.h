@@ -21,18 +21,18 @@ FASTCLIP_INLINE void quarter_round(W& a, W& b, W& c, W& d) {
   c += d, b = rotate(b ^ c, 7);
 }
 
-// low, high: the block number's halves.
+// Words 12 and 13, the block number, are left to the caller.
 template <class W>
-FASTCLIP_INLINE void chacha20(const uint32_t (&key)[8], uint64_t nonce, W low, W high, W (&out)[16]) {
+FASTCLIP_INLINE void chacha20_state(const uint32_t (&key)[8], uint64_t nonce, W (&start)[16]) {
   const uint32_t constants[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
-  W start[16];
   for (int i = 0; i < 4; ++i) start[i] = W{} + constants[i];
   for (int i = 0; i < 8; ++i) start[4 + i] = W{} + key[i];
-  start[12] = low;
-  start[13] = high;
   start[14] = W{} + static_cast<uint32_t>(nonce);
   start[15] = W{} + static_cast<uint32_t>(nonce >> 32);
+}
 
+template <class W>
+FASTCLIP_INLINE void chacha20(const W (&start)[16], W (&out)[16]) {
   W x[16];
   for (int i = 0; i < 16; ++i) x[i] = start[i];
   for (int round = 0; round < 10; ++round) {
