@@ -2,7 +2,8 @@
 
     python bench/noise.py [--elements N] [--rounds R]
 
-Interleaved rounds, medians, two threads unless OMP_NUM_THREADS says otherwise; JSON to bench/results/noise_cpu.json.
+Interleaved rounds, medians, two threads unless OMP_NUM_THREADS says otherwise; JSON to bench/results/noise_cpu.json, beside
+what other machines left there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step import machine
+from step import keep, machine
 
 from fastclip import ops
 from fastclip.discrete import draw_integers
@@ -73,7 +74,7 @@ def main() -> None:
         "noise_adamw_bandwidth_to_copy": 4 * ns["copy"] / ns["noise_adamw"],
     }
     print(json.dumps(result, indent=2))
-    RESULTS.joinpath("noise_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    keep(RESULTS / "noise_cpu.json", result)
 
 
 if __name__ == "__main__":

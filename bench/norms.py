@@ -4,7 +4,7 @@
 
 linear_norm over lengths T and layers of GPT-2, RoBERTa-large, LoRA and an output head, about 1024 rows in units of one length;
 embedding_norm and affine_norm over 8192 rows; clipped sums and norms in bf16; cross-entropy of 512 rows of logits. Rounds
-in turn, medians; JSON to bench/results/norms_cpu.json.
+in turn, medians; JSON to bench/results/norms_cpu.json, beside what other machines left there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step import machine
+from step import keep, machine
 from turns import in_turn
 
 from fastclip import ops, reference
@@ -158,7 +158,7 @@ def main() -> None:
             row = sweep[-1]
             print(f"{name:24} T {length:5}  {row['time_to_plain']:5.2f} of plain  {row['rate_to_sgemm']:5.2f} of sgemm")
     result["linear_norm"] = sweep
-    RESULTS.joinpath("norms_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep(RESULTS / "norms_cpu.json", result)
 
 
 if __name__ == "__main__":

@@ -51,41 +51,53 @@ def steps_table(results: dict[str, Any]) -> list[str]:
         shape, precision = rest.split(":")
         batch, length = (int(x) for x in shape.split("x"))
         title = f"{MODELS[name][0]}, {batch} x {length}, {precision}"
-        result = results.get(row)
-        if result is None:
+        measured = of_row(results, row)
+        if not measured:
             lines.append(f"| {title} | not measured | | | | | |")
-            continue
-        title += f" ({result['machine']['cpu'].removesuffix(' Processor')})"
-        found = ratios(result)
-        for mode in MODES:
-            if mode in result["failed"]:
-                lines.append(f"| {title} | {NAMES[mode]} | did not run beside the others | | | | |")
-            if mode not in found:
-                continue
-            times, ratio = result["seconds"][mode], found[mode]
-            rate = batch * length / statistics.median(times)
-            lines.append(
-                f"| {title} | {NAMES[mode]} | {ratio['time']:.2f}x, {spread(by_round(result, mode))} | {spread(times)} | "
-                f"{rate:.0f} | {ratio['memory']:.2f}x | {ratio['memory_with_first_step']:.2f}x |"
-            )
-            title = ""
+        for result in measured:
+            lines += step_lines(f"{title} ({short(result['machine'])})", batch * length, result)
     return lines
+
+
+def step_lines(title: str, tokens: int, result: dict[str, Any]) -> list[str]:
+    lines, found = [], ratios(result)
+    for mode in MODES:
+        if mode in result["failed"]:
+            lines.append(f"| {title} | {NAMES[mode]} | did not run beside the others | | | | |")
+        if mode not in found:
+            continue
+        times, ratio = result["seconds"][mode], found[mode]
+        lines.append(
+            f"| {title} | {NAMES[mode]} | {ratio['time']:.2f}x, {spread(by_round(result, mode))} | {spread(times)} | "
+            f"{tokens / statistics.median(times):.0f} | {ratio['memory']:.2f}x | {ratio['memory_with_first_step']:.2f}x |"
+        )
+        title = ""
+    return lines
+
+
+def of_row(results: dict[str, Any], row: str) -> list[dict[str, Any]]:
+    """One of each machine."""
+    return [result for result in results.values() if result["row"] == row]
+
+
+def short(machine: dict[str, Any]) -> str:
+    return machine["cpu"].removesuffix(" Processor")
 
 
 def steps_plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    rows = [row for row in ROWS if row in results]
+    rows = [result for row in ROWS for result in of_row(results, row)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.5 + 0.5 * len(rows)), sharey=True)
     for axis, key, title in zip(axes, ("time", "memory"), ("time of a step", "peak memory of a step"), strict=True):
         for mode, marker in (("fastclip", "o"), ("best", "|"), ("ghost", "x"), ("hooks", "+")):
-            found = [(ratios(results[row]).get(mode, {}).get(key), y) for y, row in enumerate(rows)]
+            found = [(ratios(result).get(mode, {}).get(key), y) for y, result in enumerate(rows)]
             points = [(x, y) for x, y in found if x is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), marker, label=NAMES[mode], markersize=8)
         axis.axvline(1.0, color="0.6", linewidth=1)
         axis.set_xlabel(f"{title}, without privacy = 1")
-        axis.set_yticks(range(len(rows)), rows)
+        axis.set_yticks(range(len(rows)), [f"{r['row']}, {short(r['machine'])}" for r in rows], fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     axes[1].legend(fontsize=8, loc="best")
@@ -99,8 +111,7 @@ def largest_batches(results: dict[str, Any]) -> list[str]:
     lines = ["| model, tokens, memory | " + " | ".join(NAMES[m] for m in modes) + " |", "|---|" + "---|" * len(modes)]
     for model, result in results.items():
         cells = [str(result["modes"][m]["largest_batch"]) if m in result["modes"] else "" for m in modes]
-        machine = result["machine"]["cpu"].removesuffix(" Processor")
-        title = f"{MODELS[model][0]}, {result['length']}, {result['gib']:g} GiB ({machine})"
+        title = f"{MODELS[model][0]}, {result['length']}, {result['gib']:g} GiB ({short(result['machine'])})"
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return lines
 
@@ -146,14 +157,13 @@ def machines(results: dict[str, Any]) -> list[str]:
 
 
 def norms_tables(results: dict[str, Any]) -> list[str]:
-    """linear_norm by layer and rows a unit; row-wise norms beside the copy bandwidth."""
-    if not results:
-        return ["Not measured."]
+    """linear_norm by layer and rows a unit; row-wise norms beside the copy bandwidth. Of one machine."""
     lengths = sorted({row["length"] for row in results["linear_norm"]})
     layers = list(dict.fromkeys(row["layer"] for row in results["linear_norm"]))
     at = {(row["layer"], row["length"]): row for row in results["linear_norm"]}
     lines = [
-        "Time of linear_norm beside plain torch's (no bound on its error), and its rate beside the sgemm rate, by rows a unit:",
+        f"{results['machine']['cpu']}: time of linear_norm beside plain torch's (no bound on its error), and its rate beside "
+        "the sgemm rate, by rows a unit:",
         "",
         "| layer | " + " | ".join(str(n) for n in lengths) + " |",
         "|---|" + "---|" * len(lengths),
@@ -164,9 +174,9 @@ def norms_tables(results: dict[str, Any]) -> list[str]:
             row = at.get((layer, n))
             cells.append("" if row is None else f"{row['time_to_plain']:.2f}x, {row['rate_to_sgemm']:.2f}")
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    lines += ["", "Bytes read beside the copy bandwidth:", "", "| op | share |", "|---|---|"]
+    lines += ["", "There, bytes read beside the copy bandwidth:", "", "| op | share |", "|---|---|"]
     lines += [f"| {op} | {share:.2f} |" for op, share in results["rowwise"]["bandwidth_to_copy"].items()]
-    return lines
+    return [*lines, ""]
 
 
 def throughput_table(report: dict[str, Any]) -> list[str]:
@@ -276,7 +286,9 @@ def main() -> None:
         ]
     else:
         lines += ["Not measured.", ""]
-    lines += ["## Norms", "", "`python bench/norms.py`", "", *norms_tables(norms), ""]
+    lines += ["## Norms", "", "`python bench/norms.py`", ""]
+    for result in norms.values():
+        lines += norms_tables(result)
     lines += ["## Throughput of every op", "", *(throughput_table(throughput) if throughput else ["Not measured."]), ""]
     lines += [
         "## Time to an accuracy",

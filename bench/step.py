@@ -192,6 +192,13 @@ def machine() -> dict[str, object]:
     }
 
 
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """In a file of one result a processor."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[result["machine"]["cpu"]] = result
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 class Worker:
     def __init__(self, mode: str, row: str, small: bool, **env: str) -> None:
         # Idle processes must not spin while another one works.
@@ -288,11 +295,12 @@ def main() -> None:
         return
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     for row in ROWS if options.all else [options.row]:
-        if options.all and row in results and not options.again:
+        key = f"{row}, {machine()['cpu']}"  # another machine's stay
+        if options.all and key in results and not options.again:
             continue
         modes = options.modes or list(ROWS.get(row, ("plain", "fastclip")))
         result = measure(row, modes, options.rounds, options.small)
-        results[row] = result
+        results[key] = result
         options.output.parent.mkdir(exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n")
         for mode, found in ratios(result).items():
