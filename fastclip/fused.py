@@ -36,10 +36,12 @@ def update_of(optimizer: Optimizer) -> Update | None:
     for group in optimizer.param_groups:
         if group["maximize"] or group["differentiable"] or (adam and not _plain_adamw(group)):
             return None
-    states = [(name, x) for p in params for name, x in optimizer.state.get(p, {}).items() if x is not None]
-    tensors = params + [x for name, x in states if name != "step"]
-    if not all(_plain(x, device) for x in tensors) or not all(_on_host(x) for name, x in states if name == "step"):
-        return None
+    for p in params:
+        if not _plain(p, device):
+            return None
+        for name, x in optimizer.state.get(p, {}).items():
+            if x is not None and not (_on_host(x) if name == "step" else _plain(x, device)):
+                return None
     return _adamw(optimizer) if adam else _sgd(optimizer)
 
 

@@ -57,13 +57,13 @@ class DPOptimizerFastGradientClipping(DPOptimizer, theirs.DPOptimizerFastGradien
                 )
         if len(ghosts) > 1:
             raise ValueError("two ghost-clipping models under one optimizer clip apart: wrap them as one module")
-        params = self.params
-        followed = [p for p in params if isinstance(tape_of(p), GhostTape)]
+        params = [(p, isinstance(tape_of(p), GhostTape)) for p in self.params]
         # Names are looked up where one is needed only: that goes through the whole model.
+        followed = [p for p, ghost in params if ghost]
         sums = ghosts[0].sums.check(followed, lambda p: ghosts[0].parameters().get(p, "?")) if ghosts else {}
         totals = []
-        for p in params:
-            if isinstance(tape_of(p), GhostTape):
+        for p, ghost in params:
+            if ghost:
                 total = sums.get(p)
             elif ghosts:
                 raise ValueError(
