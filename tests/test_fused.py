@@ -154,6 +154,39 @@ def test_bad_input_changes_nothing():
     assert all(bool((t == 1).all()) for t in x)
 
 
+@pytest.mark.parametrize(("nonce", "end"), [(1, 2**67), (1 | 1 << 63, 2**65)])
+def test_a_stream_does_not_begin_again_behind_its_end(nonce, end):
+    key = fastclip.random.Key(bytes(32))
+    x = [torch.ones(16) for _ in range(3)]
+
+    def all_ops(offset):
+        draw = ops.Draw(1.0, 1.0, key, nonce, offset)
+        yield lambda: ops.add_noise(x[0], x[0], draw, backend="cpp")
+        yield lambda: ops.noise_sgd([x[0]], [x[1]], [], [draw], lr=1.0, backend="cpp")
+        yield lambda: ops.clip_accumulate_noise(x[0][None], torch.ones(1), x[2], 1.0, key, (nonce, offset), backend="cpp")
+
+    for offset in (end - 15, end - 8):
+        for run in all_ops(offset):
+            with pytest.raises(RuntimeError, match="stream ends"):
+                run()
+    assert all(bool((t == 1).all()) for t in x)
+    for run in all_ops(end - 16):
+        run()
+
+
+def test_noise_is_added_in_place_or_elsewhere():
+    draw = ops.Draw(1.0, 1.0, fastclip.random.Key(bytes(32)), 0, 0)
+    x = torch.ones(1000)
+    for total, out in ((x[:700], x[8:708]), (x[8:708], x[:700]), (x.double()[:250], None)):
+        out = total.view(torch.float32)[:250] if out is None else out
+        before = total.clone()
+        with pytest.raises(RuntimeError, match="share no memory"):
+            ops.add_noise(total, out, draw, backend="cpp")
+        assert torch.equal(total, before)
+    apart = ops.add_noise(x[:500].clone(), x[500:], draw, backend="cpp")
+    assert torch.equal(apart, ops.add_noise(x[:500], x[:500], draw, backend="cpp"))
+
+
 @pytest.mark.parametrize("offset", [0, 3, 1000])
 def test_the_plain_formulation_is_the_same(offset):
     key = fastclip.random.Key(bytes(32))

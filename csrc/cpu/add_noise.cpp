@@ -51,7 +51,10 @@ void add_noise(const Tensor& sum, Tensor& out, double std, double scale, const T
                   "add_noise: out must be fp32, bf16 or fp16");
   STD_TORCH_CHECK(sum.is_contiguous() && out.is_contiguous() && sum.numel() == out.numel(),
                   "add_noise: grad_sum and out must be contiguous and of one size");
-  const Noise noise = noise_of(key, nonce, block, skip, std, scale);
+  const auto from = reinterpret_cast<uintptr_t>(sum.const_data_ptr()), into = reinterpret_cast<uintptr_t>(out.const_data_ptr());
+  const bool apart = from + sum.numel() * sum.element_size() <= into || into + out.numel() * out.element_size() <= from;
+  STD_TORCH_CHECK(apart || (from == into && in == to), "add_noise: out must be grad_sum itself or share no memory with it");
+  const Noise noise = noise_of(key, nonce, block, skip, sum.numel(), std, scale);
   if (in == ScalarType::Float)
     launch_to<float>(noise, sum, out, skip);
   else

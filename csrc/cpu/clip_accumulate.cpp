@@ -82,7 +82,7 @@ void clip_accumulate_noise(std::vector<Tensor> grads, Tensor factors_in, std::ve
     const auto type = outs[k].scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
                     ": out must be fp32, bf16 or fp16");
-    noise.push_back(noise_of(key, nonce, blocks[k], skips[k], std, scale));
+    noise.push_back(noise_of(key, nonce, blocks[k], skips[k], outs[k].numel(), std, scale));
   }
   for (size_t k = 0; k < count; ++k) {
     if (outs[k].scalar_type() == ScalarType::Float)

@@ -108,10 +108,15 @@ class Drawer {
   alignas(64) double z_[kTile];
 };
 
-inline Noise noise_of(const torch::stable::Tensor& key, int64_t nonce, int64_t block, int64_t skip, double std, double scale) {
+// Of n elements. A stream does not begin again behind its end, which a seeded one has at block 2^62.
+inline Noise noise_of(const torch::stable::Tensor& key, int64_t nonce, int64_t block, int64_t skip, int64_t n, double std,
+                      double scale) {
   STD_TORCH_CHECK(key.scalar_type() == torch::headeronly::ScalarType::Byte && key.is_contiguous() && key.numel() == 32,
                   "noise: key must be 32 contiguous bytes");
   STD_TORCH_CHECK(0 <= skip && skip < 8, "noise: skip must be in [0, 8), got ", skip);
+  const uint64_t blocks = (skip + n + 7) / 8, end = nonce < 0 ? uint64_t{1} << 62 : 0;  // 0: 2^64
+  STD_TORCH_CHECK(n == 0 || static_cast<uint64_t>(block) <= end - blocks, "noise: the stream ends before element ", n,
+                  " from block ", static_cast<uint64_t>(block), "; lower the offset");
   Noise noise{{}, static_cast<uint64_t>(block), std, scale};
   std::memcpy(noise.stream.key, key.const_data_ptr(), 32);
   noise.stream.nonce = static_cast<uint64_t>(nonce);

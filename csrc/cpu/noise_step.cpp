@@ -102,11 +102,12 @@ std::vector<std::vector<float*>> buffers(const char* op, std::initializer_list<c
 }
 
 // What tensor k draws, for all of them before any is written.
-std::vector<Noise> noises(const char* op, size_t count, const Tensor& key, int64_t nonce, const std::vector<int64_t>& blocks,
+std::vector<Noise> noises(const char* op, const Tensors& params, const Tensor& key, int64_t nonce, const std::vector<int64_t>& blocks,
                           const std::vector<int64_t>& skips, double std, double scale) {
+  const size_t count = params.size();
   STD_TORCH_CHECK(blocks.size() == count && skips.size() == count, op, ": one block and one skip for each parameter");
   std::vector<Noise> out;
-  for (size_t k = 0; k < count; ++k) out.push_back(noise_of(key, nonce, blocks[k], skips[k], std, scale));
+  for (size_t k = 0; k < count; ++k) out.push_back(noise_of(key, nonce, blocks[k], skips[k], params[k].numel(), std, scale));
   return out;
 }
 
@@ -117,7 +118,7 @@ void noise_adamw(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_av
   STD_TORCH_CHECK(steps.size() == params.size(), op, ": one step for each parameter");
   for (int64_t step : steps) STD_TORCH_CHECK(step >= 1, op, ": step counts from 1, got ", step);
   const auto to = buffers(op, {&params, &grads, &exp_avgs, &exp_avg_sqs});
-  const auto noise = noises(op, params.size(), key, nonce, blocks, skips, std, scale);
+  const auto noise = noises(op, params, key, nonce, blocks, skips, std, scale);
   launch(params, noise, to, skips, [&](size_t k) {
     return AdamW{static_cast<float>(1 - lr * weight_decay),
                  static_cast<float>(1 - beta1),
@@ -138,7 +139,7 @@ void noise_sgd(Tensors params, Tensors grads, Tensors momentum_buffers, double s
   STD_TORCH_CHECK(momentum_buffers.size() == (momentum != 0 ? params.size() : 0), op,
                   ": momentum needs a buffer for each parameter, and only momentum does");
   const auto to = momentum != 0 ? buffers(op, {&params, &grads, &momentum_buffers}) : buffers(op, {&params, &grads});
-  const auto noise = noises(op, params.size(), key, nonce, blocks, skips, std, scale);
+  const auto noise = noises(op, params, key, nonce, blocks, skips, std, scale);
   const float rate = lr, decay = weight_decay;
   if (momentum != 0)
     launch(params, noise, to, skips, [&](size_t k) {
