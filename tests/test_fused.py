@@ -163,7 +163,9 @@ def test_a_stream_does_not_begin_again_behind_its_end(nonce, end):
         draw = ops.Draw(1.0, 1.0, key, nonce, offset)
         yield lambda: ops.add_noise(x[0], x[0], draw, backend="cpp")
         yield lambda: ops.noise_sgd([x[0]], [x[1]], [], [draw], lr=1.0, backend="cpp")
-        yield lambda: ops.clip_accumulate_noise(x[0][None], torch.ones(1), x[2], 1.0, key, (nonce, offset), backend="cpp")
+        yield lambda: ops.clip_accumulate_noise(
+            x[0][None], torch.ones(1), x[2], 1.0, key, (nonce, offset), backend="cpp"
+        )
 
     for offset in (end - 15, end - 8):
         for run in all_ops(offset):
