@@ -355,7 +355,10 @@ def test_the_inputs_gradient_alone_replays_nothing(short):
     (g,) = torch.autograd.grad(loss, x, retain_graph=True)
     assert not short and all(p.grad is None for p in model.parameters())
     loss.backward()
-    assert len(short) == 3 and torch.allclose(g, x.grad, rtol=1e-6)
+    assert len(short) == 3
+    assert float((g - x.grad).abs().max()) <= 2e-7 * float(
+        g.abs().max()
+    )  # elements that cancel are off by as much as others
     oracle.assert_gradients(oracle.collect(model), wanted)
 
 
