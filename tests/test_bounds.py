@@ -46,9 +46,8 @@ def test_units_with_rows_beyond_measure_take_no_part(backend, dtype, length):
 def test_denormal_gradients_of_huge_inputs_stay_within_c():
     """factor * g is rounded up to the smallest number there is, and 3e38 makes that matter."""
     model = nn.Linear(64, 64)
-    model.weight.data *= (
-        1e-3  # outputs that overflow in one order of addition and not in another are refused by the trial
-    )
+    # Outputs that overflow in one order of addition and not in another are refused by the trial.
+    model.weight.data *= 1e-3
     clipper = fastclip.attach(model, max_grad_norm=8.8e-4)
     with clipper.units(ids=torch.zeros(64, dtype=torch.int64)):
         (model(torch.full((64, 64), 3e38)) * 1.4e-45).nan_to_num(0, 0, 0).sum().backward()

@@ -356,9 +356,8 @@ def test_the_inputs_gradient_alone_replays_nothing(short):
     assert not short and all(p.grad is None for p in model.parameters())
     loss.backward()
     assert len(short) == 3
-    assert float((g - x.grad).abs().max()) <= 2e-7 * float(
-        g.abs().max()
-    )  # elements that cancel are off by as much as others
+    # Elements that cancel are off by as much as others.
+    assert float((g - x.grad).abs().max()) <= 2e-7 * float(g.abs().max())
     oracle.assert_gradients(oracle.collect(model), wanted)
 
 
