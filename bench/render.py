@@ -286,7 +286,7 @@ def main() -> None:
         ]
     else:
         lines += ["Not measured.", ""]
-    lines += ["## Norms", "", "`python bench/norms.py`", ""]
+    lines += ["## Norms", "", "`python bench/norms.py`" if norms else "Not measured.", ""]
     for result in norms.values():
         lines += norms_tables(result)
     lines += ["## Throughput of every op", "", *(throughput_table(throughput) if throughput else ["Not measured."]), ""]
